@@ -1,0 +1,382 @@
+"""What the phases share: flags and presets, device, checkpoints, the bookkeeping of a training loop, evaluation.
+
+Nothing about latents is decided here. A phase is
+
+    args, env = setup(parser, "sup")
+    run = Run("sup", args, env, Module(...), models, problems, steps)
+    for batch in run:
+        run.update(*run.forward(...))            # losses; forward and backward, clip, step, log
+        if run.evaluates:
+            run.keep(accuracy)                   # log, save: the best so far, and the state to resume from
+"""
+import argparse
+import contextlib
+import json
+import math
+import os
+import platform
+import signal
+import subprocess
+import time
+from dataclasses import asdict
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+from data import Tokenizer, UserError, to_number
+from encoder import decode, llm_layout, encoder_layout, place, summarize, superpose
+from model import GPT, GPT2, GPTConfig
+
+PRESETS = {
+    "toy": dict(n_layer=4, n_head=4, n_embd=128, block_size=96, batch_size=32, lr=2e-3, chunk_size=2,
+                sft_steps=1000, sup_steps=300, latent_steps=800, eval_every=200),
+    "gsm8k": dict(n_layer=4, n_head=4, n_embd=256, block_size=384, batch_size=16, lr=6e-4, chunk_size=2,
+                  sft_steps=2000, sup_steps=1000, latent_steps=2000, eval_every=500),
+}
+
+
+# ------------------------------------------------------------------------------------------------- set-up
+
+def parser(doc, phase):
+    """The flags every script takes, and those of this phase ('sup', 'compress', 'latent', 'analyze')."""
+    p = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = p.add_argument
+    add("--data", help="toy, gsm8k, gsm8k-aug, or a path: a .jsonl file of question and answer in GSM8K's form, or a "
+        "folder with train.jsonl and test.jsonl (default: toy; a later phase: the data of --out)")
+    add("--data-dir", help="folder with the files of gsm8k or gsm8k-aug (default: data/<name>; gsm8k is downloaded)")
+    add("--out", type=Path, help="folder to write to, and to find the earlier phases in (default: out/<data>)")
+    add("--seed", type=int, help="of the weights, the toy task, the order of the data and the noise (default: 0)")
+    add("--device", help="cpu, cuda, cuda:1, mps, … (default: cuda if there is one)")
+    add("--dtype", choices=["float32", "bfloat16"], help="of the matmuls (default: bfloat16 on cuda, else float32)")
+    add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile (default: on cuda)")
+    add("--chunk-size", type=int, help="c, the chain's tokens in a latent token")
+    add("--top-k", type=int, help="entries kept of α: in z (phase 1; default 0 = all) and in the store (phase 2; "
+        "default 50)")
+    add("--batch-size", type=int, help="problems in a batch")
+    add("--overwrite", action="store_true", help="replace what --out holds of this phase")
+    if phase in ("sup", "latent"):
+        add("--lr", type=float, help="peak learning rate")
+        add("--steps", type=int, help="updates of this phase")
+        add("--eval-every", type=int, help="updates between two evaluations and saves")
+    if phase != "analyze":
+        add("--resume", action="store_true", help="go on where an interrupted run stopped")
+    if phase == "sup":
+        for flag in ("--n-layer", "--n-head", "--n-embd", "--block-size"):
+            add(flag, type=int, help="shape of the model")
+        add("--cot", choices=["steps", "text"], help="the chain of thought: calculator steps, or the whole solution")
+        add("--init", default="scratch", help="scratch, " + ", ".join(GPT2) + ", or a checkpoint such as sft.pt")
+        add("--sft-steps", type=int, help="updates of the explicit warm-up")
+    return p
+
+
+def setup(p, phase, argv=None):
+    """Parse the flags, fill in presets or what the earlier phase fixed, choose the device: (args, env).
+
+    env has device, autocast, tokenizer, rank, world, config (goes into every file written) and parent (the
+    checkpoint of the phase before, or None). Raises UserError on flags that contradict it.
+    """
+    args = p.parse_args(argv)
+    args.out = args.out or Path("out") / (Path(args.data).stem if args.data else "toy")
+    parent_name = {"sup": None, "compress": "sup", "latent": "sup", "analyze": "sup"}[phase]
+    parent = load_checkpoint(args.out / f"{parent_name}.pt") if parent_name else None
+    inherited = parent["config"] if parent else {}
+    preset = PRESETS["toy" if (args.data or inherited.get("data", "toy")) == "toy" else "gsm8k"]
+    defaults = dict(preset, data="toy", data_dir=None, cot="steps", seed=0, top_k=0)
+    if phase in ("sup", "latent"):
+        defaults["steps"] = preset[f"{phase}_steps"]
+    for field in ("data", "data_dir", "cot", "seed", "chunk_size", "n_layer", "n_head", "n_embd", "block_size"):
+        if field in inherited:
+            given = getattr(args, field, None)
+            if given is not None and given != inherited[field] and field not in ("seed", "data_dir"):
+                raise UserError(f"--{field.replace('_', '-')} {given} contradicts {args.out}/{parent_name}.pt, which has "
+                                f"{inherited[field]}")
+            defaults[field] = inherited[field]
+    for field, value in defaults.items():
+        if getattr(args, field, None) is None:
+            setattr(args, field, value)
+    for field in ("batch_size", "chunk_size", "n_layer", "n_head", "n_embd", "block_size", "eval_every", "steps",
+                  "sft_steps", "top_k", "limit"):
+        if getattr(args, field) is not None if hasattr(args, field) else False:
+            least = 0 if field in ("steps", "sft_steps", "top_k") else 1
+            if getattr(args, field) < least:
+                raise UserError(f"--{field.replace('_', '-')} {getattr(args, field)}: must be at least {least}")
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    name = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if name == "cuda" and world > 1:
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {name}: {str(error).splitlines()[0]}")
+    if world > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    cuda = device.type == "cuda"
+    args.dtype = args.dtype or ("bfloat16" if cuda else "float32")
+    args.compile = cuda if args.compile is None else args.compile
+    torch.set_float32_matmul_precision("high")
+    torch.manual_seed(args.seed)
+    tokenizer = Tokenizer("toy" if args.data == "toy" else "gpt2")
+    config = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
+    config.update(phase=phase, tokenizer=tokenizer.name, commit=commit(), torch=torch.__version__,
+                  python=platform.python_version())
+    env = SimpleNamespace(device=device, tokenizer=tokenizer, rank=rank, world=world, config=config, parent=parent,
+                          autocast=lambda: torch.autocast(device.type, torch.bfloat16, args.dtype == "bfloat16"))
+    if rank == 0:
+        print(f"{phase}: " + " ".join(f"{k}={v}" for k, v in vars(args).items() if v not in (None, False)))
+    return args, env
+
+
+def commit():
+    """The git commit of this code, or 'unknown'."""
+    try:
+        return subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True,
+                              check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+# --------------------------------------------------------------------------------------------- checkpoints
+
+def write(path, content):
+    """Write beside, sync, rename: `path` is the old file or the new one, never half of it.
+
+    content: a function that takes the open file. Raises UserError where the disk is full or the folder read-only.
+    """
+    part = path.with_name(path.name + ".part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(part, "wb") as file:
+            content(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except (OSError, RuntimeError) as error:  # torch.save wraps what the disk says in a RuntimeError
+        with contextlib.suppress(OSError):
+            part.unlink(missing_ok=True)
+        raise UserError(f"could not write {path} ({error}); what was there before is untouched")
+
+
+def save_checkpoint(path, **content):
+    write(path, lambda file: torch.save(content, file))
+
+
+def load_checkpoint(path):
+    """The dict saved there, on the CPU; never runs code from the file. Raises UserError."""
+    script = {"sup": "train_sup.py", "sft": "train_sup.py", "latent": "train_latent.py"}.get(path.stem)
+    if not path.is_file():
+        raise UserError(f"{path}: no such file" + (f"; run {script} first, with the same --out" if script else ""))
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a truncated or foreign file fails in many ways
+        raise UserError(f"{path}: not a checkpoint of this project ({type(error).__name__})")
+
+
+def build(checkpoint, name, device):
+    """The GPT called `name` in a checkpoint, in evaluation."""
+    model = GPT(GPTConfig(**checkpoint["config"]["model"])).to(device)
+    model.load_state_dict(checkpoint["models"][name])
+    return model.eval()
+
+
+# ------------------------------------------------------------------------------------------- training loop
+
+class Run:
+    """The bookkeeping around a loop: batches, optimizer, schedule, log, bar, checkpoints, resume.
+
+    module   its forward returns (loss to minimise, {name: figure}); compiled and made parallel here
+    models   {name: GPT} to save
+    Writes   <name>.pt the best models so far; <name>.state.pt all it takes to resume; <name>.jsonl the log
+    """
+
+    def __init__(self, name, args, env, module, models, problems, steps):
+        self.name, self.args, self.env, self.models, self.problems, self.steps = name, args, env, models, problems, steps
+        self.path, self.state = args.out / f"{name}.pt", args.out / f"{name}.state.pt"
+        self.step, self.best, self.interrupted, self.last = 0, -1.0, False, {}
+        self.config = dict(env.config, fingerprint=problems.fingerprint, model=asdict(next(iter(models.values())).config))
+        module.train()
+        decay = [p for p in module.parameters() if p.dim() >= 2]
+        rest = [p for p in module.parameters() if p.dim() < 2]
+        self.parameters = decay + rest
+        self.optimizer = torch.optim.AdamW([{"params": decay, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}],
+                                           lr=args.lr, betas=(0.9, 0.95), fused=env.device.type in ("cpu", "cuda"))
+        if self.state.exists() and args.resume:
+            self.restore()
+        elif (self.path.exists() or self.state.exists()) and not (args.overwrite or args.resume):
+            raise UserError(f"{self.path.parent} already holds a run ({self.path.name}); go on with --resume, start over "
+                            "with --overwrite, or choose another --out")
+        self.net = torch.compile(module) if args.compile else module
+        if env.world > 1:
+            self.net = DistributedDataParallel(self.net)
+        if env.rank == 0:
+            args.out.mkdir(parents=True, exist_ok=True)
+            self.log = open(args.out / f"{name}.jsonl", "a" if self.step else "w", buffering=1)
+
+    def restore(self):
+        saved = load_checkpoint(self.state)
+        for field in ("data", "fingerprint", "tokenizer", "cot", "seed", "chunk_size", "top_k", "batch_size", "lr", "model"):
+            if saved["config"][field] != self.config[field]:
+                raise UserError(f"{self.state} was made with {field} = {saved['config'][field]}, not {self.config[field]}; "
+                                "resume with the same flags, or start over with --overwrite")
+        for name, model in self.models.items():
+            model.load_state_dict(saved["models"][name])
+        self.optimizer.load_state_dict(saved["optimizer"])
+        self.step, self.best = saved["step"], saved["best"]
+
+    def __iter__(self):
+        """Yield the batches; what makes batch t depends on (seed, t) alone, so resuming is counting on."""
+        if self.step >= self.steps > 0:
+            return
+        before = signal.signal(signal.SIGINT, self.interrupt)
+        bar = tqdm(total=self.steps, initial=self.step, desc=self.name, disable=self.env.rank > 0, mininterval=1)
+        self.start = time.time()
+        try:
+            while self.step < self.steps:
+                if self.interrupted:
+                    self.save_state()
+                    raise UserError(f"stopped after {self.step} of {self.steps} updates of {self.name} and saved; go on "
+                                    "with the same command and --resume")
+                yield self.problems.train_batch(self.step, self.args.batch_size, self.args.seed, self.env.rank, self.env.world)
+                bar.update()
+                bar.set_postfix({k: f"{v:.3f}" for k, v in self.last.items()}, refresh=False)
+        finally:
+            bar.close()
+            signal.signal(signal.SIGINT, before)
+
+    def interrupt(self, *_):
+        """The first Ctrl-C ends the step and saves; the second one ends the program."""
+        self.interrupted = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def forward(self, *layouts):
+        device = self.env.device
+        layouts = [x.to(device) if hasattr(x, "to") else x for x in layouts]
+        with self.env.autocast():
+            return self.net(*layouts)
+
+    def update(self, loss, figures):
+        """One AdamW update: 5 % of the steps to warm up, then a cosine to a tenth."""
+        figures = {"loss": loss.detach(), **{k: v.detach() for k, v in figures.items()}}
+        values = torch.stack([v.float() for v in figures.values()])
+        if self.env.world > 1:
+            dist.all_reduce(values)
+            values /= self.env.world
+        self.last = dict(zip(figures, values.tolist()))
+        if not math.isfinite(self.last["loss"]):
+            raise UserError(f"the loss of {self.name} is {self.last['loss']} at step {self.step}: nothing was saved since the "
+                            f"last checkpoint; try a smaller --lr than {self.args.lr}")
+        warm = max(1, self.steps // 20)
+        scale = min((self.step + 1) / warm, 0.55 + 0.45 * math.cos(math.pi * self.step / self.steps))
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.args.lr * scale
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        self.record(step=self.step, **self.last)
+
+    def record(self, **row):
+        if self.env.rank == 0:
+            self.log.write(json.dumps({k: round(v, 6) if isinstance(v, float) else v for k, v in row.items()}) + "\n")
+
+    @property
+    def evaluates(self):
+        """True every --eval-every steps and after the last one, on the process that writes."""
+        return self.env.rank == 0 and (self.step % self.args.eval_every == 0 or self.step == self.steps)
+
+    def keep(self, score, **figures):
+        """Log a validation score; save the models if none was better, and the state in any case."""
+        self.record(step=self.step, score=score, seconds=round(time.time() - self.start, 1), **figures)
+        tqdm.write(f"{self.name} {self.step:5d}  validation {score:.3f}  " +
+                   "  ".join(f"{k} {v:.3g}" for k, v in {**self.last, **figures}.items()))
+        if score >= self.best:
+            self.best = score
+            save_checkpoint(self.path, config=self.config, step=self.step, score=score, models=self.weights())
+        self.save_state()
+
+    def best_model(self, name):
+        """The model this run kept; saved now if it made no update (--steps 0)."""
+        if not self.path.exists() and self.env.rank == 0:
+            save_checkpoint(self.path, config=self.config, step=0, score=0.0, models=self.weights())
+        if self.env.world > 1:
+            dist.barrier()
+        return build(load_checkpoint(self.path), name, self.env.device)
+
+    def weights(self):
+        return {name: model.state_dict() for name, model in self.models.items()}
+
+    def save_state(self):
+        if self.env.rank == 0:
+            save_checkpoint(self.state, config=self.config, step=self.step, best=self.best, models=self.weights(),
+                            optimizer=self.optimizer.state_dict())
+
+
+# --------------------------------------------------------------------------------------------- evaluation
+
+@torch.no_grad()
+def evaluate(llm, problems, env, thought, caps, encoder=None, chunk_size=0, top_k=0, limit=None, batch_size=256):
+    """Decode a split and score the answers.
+
+    thought  'text': the model writes on from X (explicit CoT, no-CoT); 'latent': it thinks in latents;
+             'gold': it is given the encoder's summaries of the true chain, and <eot>
+    caps     (latents, tokens)
+    Returns accuracy, steps (mean between question and answer), capped, unparseable (counts), seconds, and answers,
+    {row: (text, right)}.
+    """
+    t, start, answers, steps, capped, unparseable = env.tokenizer, time.time(), {}, 0, 0, 0
+    for batch in problems.eval_batches(batch_size, limit):
+        with env.autocast():
+            if thought == "gold":
+                x, length = gold_prompt(llm, encoder, batch, env, chunk_size, top_k)
+            else:
+                x, length = llm.wte(torch.from_numpy(batch.x).to(env.device)), torch.from_numpy(batch.nx).to(env.device)
+            out = decode(llm, t, x, length, thought == "latent", top_k, *caps)
+        capped += int(out.capped.sum())
+        for row, tokens, latents in zip(batch.rows.tolist(), out.tokens, out.latents.tolist()):
+            text = t.decode(tokens)
+            number = to_number(text)
+            unparseable += number is None
+            answers[row] = (text, number == to_number(problems.problems[row]["answer"]))
+            steps += latents if thought == "latent" else tokens.index(t.eot) if t.eot in tokens else len(tokens)
+    n = len(answers)
+    return dict(accuracy=sum(right for _, right in answers.values()) / n, steps=steps / n, capped=capped,
+                unparseable=unparseable, seconds=time.time() - start, answers=answers)
+
+
+def gold_prompt(llm, encoder, batch, env, c, top_k):
+    """X <bot> z₀ … z_{n-1} <eot> as (embeddings, lengths): the true chain, summarized."""
+    enc, seq = encoder_layout(batch, c, env.tokenizer.sum).to(env.device), llm_layout(batch, c, text=False).to(env.device)
+    z = superpose(summarize(encoder, enc, env.tokenizer.n_ordinary), llm.wte.weight, top_k)
+    return place(llm.wte(seq.ids), z, seq.latent), torch.from_numpy(batch.nx).to(env.device) + seq.n + 1
+
+
+def caps(train, c):
+    """(latents, tokens): as long as the longest chain trained on, and a few tokens more for the answer."""
+    longest = int(train.s.length.max())
+    return -(-longest // c), longest + int(train.a.length.max()) + 4
+
+
+def report_data(train, val, env):
+    if env.rank == 0:
+        print(f"{len(train)} problems to train on and {len(val)} to validate; dropped as too long for --block-size: "
+              f"{train.dropped} and {val.dropped}")
+
+
+def initial_model(args, tokenizer):
+    """--init: a new GPT, OpenAI's GPT-2, or the LLM of a checkpoint."""
+    if args.init in GPT2:
+        return GPT.from_gpt2(args.init, tokenizer.n_vocab)
+    if args.init != "scratch":
+        saved = load_checkpoint(Path(args.init))
+        if saved["config"]["tokenizer"] != tokenizer.name:
+            raise UserError(f"--init {args.init} has tokenizer {saved['config']['tokenizer']}, --data {args.data} needs {tokenizer.name}")
+        return build(saved, "llm", "cpu")
+    try:
+        return GPT(GPTConfig(tokenizer.n_vocab, args.block_size, args.n_layer, args.n_head, args.n_embd))
+    except ValueError as error:
+        raise UserError(str(error))

@@ -1,0 +1,77 @@
+"""The built-in task: grade-school word problems of five or six dependent steps, made by a seeded generator.
+
+    python toy.py            # print three problems
+
+    Ann has 7 pens and buys 5 more. Ben has 9 pens and loses 4. They pool their pens, give away 3, double the
+    rest and find 2 more. How many pens do they have?
+    <<7+5=12>> <<9-4=5>> <<12+5=17>> <<17-3=14>> ...
+
+The first two steps are free: either may come first. Then they meet, and a chain follows. So a problem has
+two valid paths to its answer, and one of them, drawn at random, is its chain of thought.
+"""
+import random
+
+NAMES = "Ann Ben Eva Leo Mia Sam Tom Zoe".split()
+THINGS = "apples beads books cards coins eggs pens shells".split()
+TOP = 19  # no value is larger: the arithmetic is a small table, so that the steps are the difficulty
+GAIN = ["buy", "find", "get", "win"]
+LOSS = ["drop", "lose", "sell", "use"]
+
+
+def first_step(rng, name, things):
+    """One of the two free steps: (sentence, expression, value)."""
+    if rng.random() < 0.5:
+        a, b = rng.randint(2, 8), rng.randint(1, 4)
+        return f"{name} has {a} {things} and {rng.choice(GAIN)}s {b} more.", f"{a}+{b}", a + b
+    b = rng.randint(1, 6)
+    a = b + rng.randint(1, 8)  # something is left
+    return f"{name} has {a} {things} and {rng.choice(LOSS)}s {b}.", f"{a}-{b}", a - b
+
+
+def next_step(rng, value):
+    """One link of the chain that follows the merge: (clause, expression, value)."""
+    while True:
+        k = rng.randint(1, 9)
+        clause, expression, result = rng.choice([
+            (f"{rng.choice(GAIN)} {k} more", f"{value}+{k}", value + k),
+            (f"{rng.choice(LOSS)} {k}", f"{value}-{k}", value - k),
+            ("double the rest", f"{value}*2", value * 2),
+            ("give away half", f"{value}/2", value / 2),
+        ])
+        if result == int(result) and 1 <= result <= TOP:
+            return clause, expression, int(result)
+
+
+def make(rng):
+    """A problem: (question, paths, answer). Every path is a list of steps such as '<<7+5=12>>'."""
+    things, (one, two) = rng.choice(THINGS), rng.sample(NAMES, 2)
+    text1, expr1, a = first_step(rng, one, things)
+    text2, expr2, b = first_step(rng, two, things)
+    while a + b > TOP or expr1 == expr2:
+        text2, expr2, b = first_step(rng, two, things)
+    value, clauses = a + b, []
+    rest = [f"<<{a}+{b}={value}>>"]
+    for _ in range(rng.randint(2, 3)):
+        clause, expression, value = next_step(rng, value)
+        clauses.append(clause)
+        rest.append(f"<<{expression}={value}>>")
+    clauses = ", ".join(clauses[:-1]) + " and " + clauses[-1]
+    question = f"{text1} {text2} They pool their {things}, {clauses}. How many {things} do they have?"
+    first, second = f"<<{expr1}={a}>>", f"<<{expr2}={b}>>"
+    return question, [[first, second, *rest], [second, first, *rest]], str(value)
+
+
+def problems(seed, count, wanted):
+    """`count` different problems whose question satisfies `wanted`, as dicts with question, chain, answer, paths."""
+    rng, seen = random.Random(f"toy-{seed}"), set()
+    while len(seen) < count:
+        question, paths, answer = make(rng)
+        chain = " ".join(rng.choice(paths))
+        if wanted(question) and question not in seen:
+            seen.add(question)
+            yield {"question": question, "chain": chain, "answer": answer, "paths": [" ".join(p) for p in paths]}
+
+
+if __name__ == "__main__":
+    for p in problems(0, 3, lambda question: True):
+        print(p["question"], *p["paths"], "#### " + p["answer"], "", sep="\n")

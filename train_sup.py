@@ -1,0 +1,131 @@
+"""Phase 1: an encoder learns to write chunks of thought as superpositions, and an LLM to read them.
+
+    python train_sup.py                              # the toy task, a few minutes on a laptop
+    python train_sup.py --data gsm8k                 # GSM8K, downloaded once
+    python train_sup.py --data gsm8k --init gpt2     # from OpenAI's GPT-2
+    python train_sup.py --no-cot                     # the baseline that answers at once
+    torchrun --nproc-per-node 2 train_sup.py …       # several GPUs or machines
+
+First plain SFT on X <bot> S <eot> Ans, kept as sft.pt: the explicit-CoT baseline. Encoder and LLM start as copies of
+it and learn together: the encoder turns chunk S_i into α_i, and the LLM, seeing X and z_0 … z_i but none of the text,
+must predict chunk S_{i+1}. The only path from the loss to the encoder is through z. Next: python compress.py
+"""
+import copy
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+import common
+from data import Problems, load
+from encoder import (encoder_layout, explicit_layout, llm_layout, place, summarize, superpose, supervision_mask)
+from model import GPT, GPT2, GPTConfig
+
+
+# ---------------------------------------------------------------------------------------------- the losses
+
+def weighted_nll(logits, target, weight):
+    """−log q summed with the layout's weights, mean over the batch. logits (B, P, V), target, weight (B, P).
+
+    With llm_layout's weights this is ℓ_sup = 1/n Σ_i 1/|J_i| Σ_{t∈J_i} −log p(x_t | X, z_0 … z_i), the paper's
+    equation for phase 1; with explicit_layout's it is SFT; with those of phase 3 it is L_exp.
+    """
+    nll = F.cross_entropy(logits.flatten(0, 1).float(), target.flatten(), reduction="none")  # (B * P,)
+    return (nll * weight.flatten()).sum() / len(target)
+
+
+def bag_loss(alpha, bag, n):
+    """KL(bag_i ‖ α_i), mean over a row's chunks, then over rows: a warm-up that the paper does not have.
+
+    alpha (B, N, n_ordinary); bag (B, N, c): chunk i's own tokens, -1 past its end; n (B,) chunks in a row.
+    bag_i is the distribution of a token drawn from chunk i.
+    """
+    real = bag >= 0                                                       # (B, N, c)
+    size = real.sum(2).clamp(min=1)                                       # (B, N)
+    log_alpha = alpha.gather(2, bag.clamp(min=0)).clamp(min=1e-9).log()   # (B, N, c)
+    same = (bag[:, :, :, None] == bag[:, :, None, :]).sum(3)              # (B, N, c): how often each stands in its chunk
+    kl = ((same / size[:, :, None]).log() - log_alpha).where(real, 0).sum(2) / size  # (B, N)
+    return (kl.sum(1) / n.clamp(min=1)).mean()
+
+
+# ----------------------------------------------------------------------------------------------- the ideas
+
+class Explicit(nn.Module):
+    """SFT: one model, one pass over X <bot> S <eot> Ans."""
+
+    def __init__(self, llm):
+        super().__init__()
+        self.llm = llm
+
+    def forward(self, seq):
+        hidden = self.llm(self.llm.wte(seq.ids), seq.pos, at=seq.at)  # (B, P, C)
+        return weighted_nll(self.llm.head(hidden), seq.target, seq.weight), {}
+
+
+class Superposition(nn.Module):
+    """Phase 1: one pass of the encoder for all summaries, one pass of the LLM for all continuations."""
+
+    def __init__(self, encoder, llm, n_ordinary, top_k, local):
+        super().__init__()
+        self.encoder, self.llm, self.n_ordinary, self.top_k, self.local = encoder, llm, n_ordinary, top_k, local
+
+    def forward(self, enc, seq, bag, bag_weight):
+        alpha = summarize(self.encoder, enc, self.n_ordinary)               # (B, N, n_ordinary)
+        z = superpose(alpha, self.llm.wte.weight, self.top_k)               # (B, N, C)
+        x = place(self.llm.wte(seq.ids), z, seq.latent)                     # (B, T, C)
+        mask = supervision_mask(seq.seg, seq.latent if self.local else None)
+        hidden = self.llm(x, seq.pos, mask, at=seq.at)                      # (B, P, C)
+        sup = weighted_nll(self.llm.head(hidden), seq.target, seq.weight)
+        kl = bag_loss(alpha, bag, enc.n)
+        return sup + bag_weight * kl, {"sup": sup, "bag": kl}
+
+
+def bags(batch, c):
+    """int64 (B, N, c): each chunk's tokens, -1 past its end."""
+    width = -(-max(1, batch.s.shape[1]) // c) * c
+    bag = torch.full((len(batch.rows), width), -1)
+    s, ns = torch.from_numpy(batch.s), torch.from_numpy(batch.ns)
+    bag[:, :s.size(1)] = s.where(torch.arange(s.size(1)) < ns[:, None], -1)
+    return bag.view(len(bag), -1, c)  # (B, N, c)
+
+
+def main(argv=None):
+    p = common.parser(__doc__, "sup")
+    p.add_argument("--no-cot", action="store_true", help="train the baseline X <eot> Ans instead, as no_cot.pt, and stop")
+    p.add_argument("--bag", type=float, default=1.0, help="bag-of-tokens warm-up: weight at the start (default 1; 0 = off)")
+    p.add_argument("--bag-until", type=float, default=0.6, help="… reaching 0 at this part of the steps (default 0.6)")
+    p.add_argument("--local", action="store_true", help="ablation: a chunk sees only its z and itself, as in the authors' code")
+    args, env = common.setup(p, "sup", argv)
+    tokenizer, c = env.tokenizer, args.chunk_size
+
+    # data and model
+    train, val = (Problems(load(args.data, split, args.data_dir, args.cot, args.seed), tokenizer, args.block_size,
+                           no_cot=args.no_cot) for split in ("train", "val"))
+    common.report_data(train, val, env)
+    caps = common.caps(train, c)
+    llm = common.initial_model(args, tokenizer).to(env.device)
+
+    # explicit warm-up, or the no-CoT baseline
+    run = common.Run("no_cot" if args.no_cot else "sft", args, env, Explicit(llm), {"llm": llm}, train, args.sft_steps)
+    for batch in run:
+        run.update(*run.forward(explicit_layout(batch)))
+        if run.evaluates:
+            run.keep(common.evaluate(llm, val, env, "text", caps)["accuracy"])
+    if args.no_cot:
+        return
+    llm = run.best_model("llm")
+
+    # phase 1
+    encoder = copy.deepcopy(llm)
+    module = Superposition(encoder, llm, tokenizer.n_ordinary, args.top_k, args.local)
+    run = common.Run("sup", args, env, module, {"encoder": encoder, "llm": llm}, train, args.steps)
+    for batch in run:
+        bag_weight = args.bag * max(0.0, 1 - run.step / max(1, args.bag_until * args.steps))
+        run.update(*run.forward(encoder_layout(batch, c, tokenizer.sum), llm_layout(batch, c), bags(batch, c),
+                                torch.tensor(bag_weight)))
+        if run.evaluates:
+            run.keep(common.evaluate(llm, val, env, "gold", caps, encoder, c, args.top_k)["accuracy"])
+
+
+if __name__ == "__main__":
+    main()
