@@ -11,6 +11,7 @@ Nothing about latents is decided here. A phase is
 """
 import argparse
 import contextlib
+import hashlib
 import json
 import math
 import os
@@ -27,7 +28,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from data import Tokenizer, UserError, to_number
+from data import Problems, Tokenizer, UserError, load, to_number
 from encoder import decode, llm_layout, encoder_layout, place, summarize, superpose
 from model import GPT, GPT2, GPTConfig
 
@@ -122,7 +123,7 @@ def setup(p, phase, argv=None):
     torch.manual_seed(args.seed)
     tokenizer = Tokenizer("toy" if args.data == "toy" else "gpt2")
     config = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
-    config.update(phase=phase, tokenizer=tokenizer.name, commit=commit(), torch=torch.__version__,
+    config.update(phase=phase, tokenizer=tokenizer.name, commit=commit(), torch=str(torch.__version__),
                   python=platform.python_version())
     env = SimpleNamespace(device=device, tokenizer=tokenizer, rank=rank, world=world, config=config, parent=parent,
                           autocast=lambda: torch.autocast(device.type, torch.bfloat16, args.dtype == "bfloat16"))
@@ -176,6 +177,28 @@ def load_checkpoint(path):
         raise UserError(f"{path}: not a checkpoint of this project ({type(error).__name__})")
 
 
+def identity(weights):
+    """16 hex digits that name these weights (a state dict)."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(weights.items()):
+        digest.update(name.encode() + tensor.contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def require_same(path, saved, **mine):
+    """Refuse what an earlier phase made of something else: UserError naming the field and both values."""
+    for field, value in mine.items():
+        if saved.get(field) != value:
+            raise UserError(f"{path} was made with {field} = {saved.get(field)}, here it is {value}")
+
+
+def read_json(path):
+    try:
+        return json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read ({error})")
+
+
 def build(checkpoint, name, device):
     """The GPT called `name` in a checkpoint, in evaluation."""
     model = GPT(GPTConfig(**checkpoint["config"]["model"])).to(device)
@@ -184,6 +207,21 @@ def build(checkpoint, name, device):
 
 
 # ------------------------------------------------------------------------------------------- training loop
+
+class Interrupt:
+    """While open, a first Ctrl-C only sets `pressed`, so that the loop can save; a second one ends the program."""
+
+    def __enter__(self):
+        self.pressed, self.before = False, signal.signal(signal.SIGINT, self.press)
+        return self
+
+    def press(self, *_):
+        self.pressed = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def __exit__(self, *_):
+        signal.signal(signal.SIGINT, self.before)
+
 
 class Run:
     """The bookkeeping around a loop: batches, optimizer, schedule, log, bar, checkpoints, resume.
@@ -196,7 +234,7 @@ class Run:
     def __init__(self, name, args, env, module, models, problems, steps):
         self.name, self.args, self.env, self.models, self.problems, self.steps = name, args, env, models, problems, steps
         self.path, self.state = args.out / f"{name}.pt", args.out / f"{name}.state.pt"
-        self.step, self.best, self.interrupted, self.last = 0, -1.0, False, {}
+        self.step, self.best, self.last = 0, -1.0, {}
         self.config = dict(env.config, fingerprint=problems.fingerprint, model=asdict(next(iter(models.values())).config))
         module.train()
         decay = [p for p in module.parameters() if p.dim() >= 2]
@@ -218,10 +256,8 @@ class Run:
 
     def restore(self):
         saved = load_checkpoint(self.state)
-        for field in ("data", "fingerprint", "tokenizer", "cot", "seed", "chunk_size", "top_k", "batch_size", "lr", "model"):
-            if saved["config"][field] != self.config[field]:
-                raise UserError(f"{self.state} was made with {field} = {saved['config'][field]}, not {self.config[field]}; "
-                                "resume with the same flags, or start over with --overwrite")
+        require_same(self.state, saved["config"], **{field: self.config[field] for field in (
+            "data", "fingerprint", "tokenizer", "cot", "seed", "chunk_size", "top_k", "batch_size", "lr", "model")})
         for name, model in self.models.items():
             model.load_state_dict(saved["models"][name])
         self.optimizer.load_state_dict(saved["optimizer"])
@@ -231,26 +267,17 @@ class Run:
         """Yield the batches; what makes batch t depends on (seed, t) alone, so resuming is counting on."""
         if self.step >= self.steps > 0:
             return
-        before = signal.signal(signal.SIGINT, self.interrupt)
         bar = tqdm(total=self.steps, initial=self.step, desc=self.name, disable=self.env.rank > 0, mininterval=1)
         self.start = time.time()
-        try:
+        with Interrupt() as stop, bar:
             while self.step < self.steps:
-                if self.interrupted:
+                if stop.pressed:
                     self.save_state()
                     raise UserError(f"stopped after {self.step} of {self.steps} updates of {self.name} and saved; go on "
                                     "with the same command and --resume")
                 yield self.problems.train_batch(self.step, self.args.batch_size, self.args.seed, self.env.rank, self.env.world)
                 bar.update()
                 bar.set_postfix({k: f"{v:.3f}" for k, v in self.last.items()}, refresh=False)
-        finally:
-            bar.close()
-            signal.signal(signal.SIGINT, before)
-
-    def interrupt(self, *_):
-        """The first Ctrl-C ends the step and saves; the second one ends the program."""
-        self.interrupted = True
-        signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def forward(self, *layouts):
         device = self.env.device
@@ -361,10 +388,14 @@ def caps(train, c):
     return -(-longest // c), longest + int(train.a.length.max()) + 4
 
 
-def report_data(train, val, env):
+def splits(args, env, names=("train", "val"), no_cot=False):
+    """The Problems of these splits; says how many there are and how many were too long."""
+    found = [Problems(load(args.data, split, args.data_dir, args.cot, args.seed), env.tokenizer, args.block_size,
+                      no_cot=no_cot) for split in names]
     if env.rank == 0:
-        print(f"{len(train)} problems to train on and {len(val)} to validate; dropped as too long for --block-size: "
-              f"{train.dropped} and {val.dropped}")
+        print("; ".join(f"{split}: {len(p)} problems, {p.dropped} dropped as longer than --block-size {args.block_size}"
+                        for split, p in zip(names, found)))
+    return found
 
 
 def initial_model(args, tokenizer):

@@ -49,8 +49,7 @@ def make(rng):
     text2, expr2, b = first_step(rng, two, things)
     while a + b > TOP or expr1 == expr2:
         text2, expr2, b = first_step(rng, two, things)
-    value, clauses = a + b, []
-    rest = [f"<<{a}+{b}={value}>>"]
+    value, clauses, rest = a + b, [], []
     for _ in range(rng.randint(2, 3)):
         clause, expression, value = next_step(rng, value)
         clauses.append(clause)
@@ -58,7 +57,8 @@ def make(rng):
     clauses = ", ".join(clauses[:-1]) + " and " + clauses[-1]
     question = f"{text1} {text2} They pool their {things}, {clauses}. How many {things} do they have?"
     first, second = f"<<{expr1}={a}>>", f"<<{expr2}={b}>>"
-    return question, [[first, second, *rest], [second, first, *rest]], str(value)
+    paths = [[first, second, f"<<{a}+{b}={a + b}>>", *rest], [second, first, f"<<{b}+{a}={a + b}>>", *rest]]
+    return question, paths, str(value)
 
 
 def problems(seed, count, wanted):

@@ -17,9 +17,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import common
-from data import Problems, load
-from encoder import (encoder_layout, explicit_layout, llm_layout, place, summarize, superpose, supervision_mask)
-from model import GPT, GPT2, GPTConfig
+from encoder import encoder_layout, explicit_layout, llm_layout, place, summarize, superpose, supervision_mask
 
 
 # ---------------------------------------------------------------------------------------------- the losses
@@ -99,9 +97,7 @@ def main(argv=None):
     tokenizer, c = env.tokenizer, args.chunk_size
 
     # data and model
-    train, val = (Problems(load(args.data, split, args.data_dir, args.cot, args.seed), tokenizer, args.block_size,
-                           no_cot=args.no_cot) for split in ("train", "val"))
-    common.report_data(train, val, env)
+    train, val = common.splits(args, env, no_cot=args.no_cot)
     caps = common.caps(train, c)
     llm = common.initial_model(args, tokenizer).to(env.device)
 

@@ -1,0 +1,124 @@
+"""Phase 2: translate every chain of thought once, and keep its α.
+
+    python compress.py
+
+The encoder of phase 1 runs over the training set; of each α_i the top K entries are kept, scaled to sum to 1. What is
+written to --out/latents are flat arrays that phase 3 maps into memory:
+
+    values.npy   float32 (latents, K)   α's largest entries, in falling order
+    ids.npy      int32 (latents, K)     whose they are
+    offsets.npy  int64 (problems + 1,)  problem r's latents are rows offsets[r] … offsets[r+1] - 1
+    meta.json    whose data, chunk size, tokenizer and encoder these are; the mass kept; how far the work has come
+
+Interrupted and run again with --resume it does the rest. Next: python train_latent.py
+"""
+import json
+import os
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import common
+from data import UserError
+from encoder import chunks, encoder_layout, keep_top, summarize
+
+SAVE_EVERY = 20  # batches between two notes of how far the work has come
+
+
+def create(path, dtype, shape):
+    """A new array on disk, mapped into memory. Raises UserError where there is no room for it."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        array = np.lib.format.open_memmap(path, "w+", dtype, shape)
+        if hasattr(os, "posix_fallocate"):  # take the room now: a full disk later would kill the process
+            with open(path, "r+b") as file:
+                os.posix_fallocate(file.fileno(), 0, os.path.getsize(path))
+        return array
+    except OSError as error:
+        raise UserError(f"could not write {path} ({error})")
+
+
+class Store:
+    """What phase 2 wrote, mapped into memory: store(rows, N) gives those problems' α.
+
+    Raises UserError where the store is missing, unfinished, or was made from other data or another encoder.
+    """
+
+    def __init__(self, folder, **expected):
+        meta = common.read_json(folder / "meta.json")
+        if not meta.get("complete"):
+            raise UserError(f"{folder} is unfinished; finish it with: python compress.py --resume")
+        common.require_same(folder, meta, **expected)
+        try:
+            self.values, self.ids, self.offsets = (np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False)
+                                                   for name in ("values", "ids", "offsets"))
+        except (OSError, ValueError) as error:
+            raise UserError(f"{folder} cannot be read ({error}); make it again with: python compress.py --overwrite")
+        self.top_k = meta["top_k"]
+
+    def __call__(self, rows, N):
+        """values float32, ids int64 (B, N, K); past a row's last latent stands whatever follows, to be masked."""
+        at = np.minimum(self.offsets[rows][:, None] + np.arange(N), len(self.values) - 1)  # (B, N)
+        return torch.from_numpy(self.values[at]), torch.from_numpy(self.ids[at].astype(np.int64))
+
+
+def main(argv=None):
+    p = common.parser(__doc__, "compress")
+    args, env = common.setup(p, "compress", argv)
+    tokenizer, c, phase1 = env.tokenizer, args.chunk_size, env.parent["config"]
+    if phase1["top_k"] and args.top_k not in (0, phase1["top_k"]):
+        raise UserError(f"--top-k {args.top_k} contradicts {args.out}/sup.pt, whose z were made with {phase1['top_k']}")
+    K = min(args.top_k or phase1["top_k"] or 50, tokenizer.n_ordinary)
+
+    # data and model
+    train, = common.splits(args, env, ["train"])
+    common.require_same(args.out / "sup.pt", phase1, fingerprint=train.fingerprint)
+    encoder = common.build(env.parent, "encoder", env.device)
+
+    # the store: new, or as an interrupted run left it
+    folder = args.out / "latents"
+    offsets = np.concatenate([[0], chunks(train.s.length, c).cumsum()])
+    meta = {"version": 1, "data": args.data, "cot": args.cot, "fingerprint": train.fingerprint, "seed": args.seed,
+            "chunk_size": c, "tokenizer": tokenizer.name, "encoder": common.identity(env.parent["models"]["encoder"]),
+            "top_k": K, "batch_size": args.batch_size, "problems": len(train), "latents": int(offsets[-1]),
+            "torch": env.config["torch"], "commit": env.config["commit"]}
+    done, mass = 0, 0.0
+    if (folder / "meta.json").exists() and not args.overwrite:
+        old = common.read_json(folder / "meta.json")
+        if not args.resume:
+            raise UserError(f"{folder} already holds a store; finish it with --resume, or start over with --overwrite")
+        common.require_same(folder, old, **meta)
+        done, mass = old["done"], old["mass_sum"]
+        values, ids = (np.load(folder / f"{name}.npy", mmap_mode="r+", allow_pickle=False) for name in ("values", "ids"))
+    else:
+        (folder / "meta.json").unlink(missing_ok=True)  # no meta, no store: it comes last
+        values = create(folder / "values.npy", np.float32, (int(offsets[-1]), K))
+        ids = create(folder / "ids.npy", np.int32, (int(offsets[-1]), K))
+        common.write(folder / "offsets.npy", lambda f: np.save(f, offsets, allow_pickle=False))
+
+    # one pass over the data
+    batches = list(train.eval_batches(args.batch_size))
+    stop = common.Interrupt()
+    with torch.no_grad(), stop:
+        for at, batch in enumerate(tqdm(batches[done:], "compress", len(batches), initial=done), done + 1):
+            enc = encoder_layout(batch, c, tokenizer.sum)
+            with env.autocast():
+                alpha = summarize(encoder, enc.to(env.device), tokenizer.n_ordinary)  # (B, N, n_ordinary)
+            top, where = (t.cpu().numpy() for t in alpha.topk(K))  # (B, N, K)
+            real = np.arange(top.shape[1]) < enc.n.numpy()[:, None]  # (B, N)
+            rows = (offsets[batch.rows][:, None] + np.arange(top.shape[1]))[real]
+            mass += float(top[real].sum())
+            values[rows], ids[rows] = top[real] / top[real].sum(1, keepdims=True), where[real]
+            if at % SAVE_EVERY == 0 or at == len(batches) or stop.pressed:
+                values.flush(), ids.flush()
+                note = dict(meta, done=at, mass_sum=mass, complete=at == len(batches))
+                common.write(folder / "meta.json", lambda f: f.write(json.dumps(note, indent=1).encode()))
+            if stop.pressed and at < len(batches):
+                raise UserError(f"stopped after {at} of {len(batches)} batches and saved; go on with --resume")
+    print(f"{folder}: {offsets[-1]} latents of {len(train)} problems; the top {K} hold "
+          f"{mass / max(1, offsets[-1]):.4f} of α's mass")
+
+
+if __name__ == "__main__":
+    main()
