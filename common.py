@@ -33,7 +33,7 @@ from encoder import decode, llm_layout, encoder_layout, place, summarize, superp
 from model import GPT, GPT2, GPTConfig
 
 PRESETS = {
-    "toy": dict(n_layer=4, n_head=4, n_embd=128, block_size=96, batch_size=32, lr=2e-3, chunk_size=2,
+    "toy": dict(n_layer=3, n_head=4, n_embd=128, block_size=96, batch_size=32, lr=4e-3, chunk_size=2,
                 sft_steps=1000, sup_steps=300, latent_steps=800, eval_every=200),
     "gsm8k": dict(n_layer=4, n_head=4, n_embd=256, block_size=384, batch_size=16, lr=6e-4, chunk_size=2,
                   sft_steps=2000, sup_steps=1000, latent_steps=2000, eval_every=500),
@@ -286,7 +286,7 @@ class Run:
             return self.net(*layouts)
 
     def update(self, loss, figures):
-        """One AdamW update: 5 % of the steps to warm up, then a cosine to a tenth."""
+        """One AdamW update: 5 % of the steps to warm up, then a cosine to zero."""
         figures = {"loss": loss.detach(), **{k: v.detach() for k, v in figures.items()}}
         values = torch.stack([v.float() for v in figures.values()])
         if self.env.world > 1:
@@ -297,7 +297,7 @@ class Run:
             raise UserError(f"the loss of {self.name} is {self.last['loss']} at step {self.step}: nothing was saved since the "
                             f"last checkpoint; try a smaller --lr than {self.args.lr}")
         warm = max(1, self.steps // 20)
-        scale = min((self.step + 1) / warm, 0.55 + 0.45 * math.cos(math.pi * self.step / self.steps))
+        scale = min((self.step + 1) / warm, 0.5 + 0.5 * math.cos(math.pi * self.step / self.steps))
         for group in self.optimizer.param_groups:
             group["lr"] = self.args.lr * scale
         loss.backward()

@@ -114,9 +114,10 @@ class GPT(nn.Module):
         self.wpe = nn.Embedding(config.block_size, config.n_embd)
         self.h = nn.ModuleList(Block(config, i) for i in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd)
-        for name, p in self.named_parameters():  # GPT-2's: 0.02, and less where a block adds to the residual
-            if p.dim() == 2:
-                nn.init.normal_(p, std=0.02 / math.sqrt(2 * config.n_layer) if "c_proj" in name else 0.02)
+        std = 0.02 * math.sqrt(768 / config.n_embd)  # GPT-2's at its width, more where there are fewer channels
+        for name, p in self.named_parameters():
+            if p.dim() == 2:  # and less where a block adds to the residual stream
+                nn.init.normal_(p, std=std / math.sqrt(2 * config.n_layer) if "c_proj" in name else std)
             elif name.endswith("bias"):
                 nn.init.zeros_(p)
 

@@ -2,9 +2,11 @@
 
     python toy.py            # print three problems
 
-    Ann has 7 pens and buys 5 more. Ben has 9 pens and loses 4. They pool their pens, give away 3, double the
-    rest and find 2 more. How many pens do they have?
-    <<7+5=12>> <<9-4=5>> <<12+5=17>> <<17-3=14>> ...
+    Ann has 7 pens and buys 5. Ben has 9 pens and loses 8. They pool their pens, sell 5, double them and find 2. How
+    many pens do they have?
+    <<7+5=12>> <<9-8=1>> <<12+1=13>> <<13-5=8>> <<8*2=16>> <<16+2=18>>     or, as well,
+    <<9-8=1>> <<7+5=12>> <<1+12=13>> <<13-5=8>> <<8*2=16>> <<16+2=18>>
+    #### 18
 
 The first two steps are free: either may come first. Then they meet, and a chain follows. So a problem has
 two valid paths to its answer, and one of them, drawn at random, is its chain of thought.
@@ -22,7 +24,7 @@ def first_step(rng, name, things):
     """One of the two free steps: (sentence, expression, value)."""
     if rng.random() < 0.5:
         a, b = rng.randint(2, 8), rng.randint(1, 4)
-        return f"{name} has {a} {things} and {rng.choice(GAIN)}s {b} more.", f"{a}+{b}", a + b
+        return f"{name} has {a} {things} and {rng.choice(GAIN)}s {b}.", f"{a}+{b}", a + b
     b = rng.randint(1, 6)
     a = b + rng.randint(1, 8)  # something is left
     return f"{name} has {a} {things} and {rng.choice(LOSS)}s {b}.", f"{a}-{b}", a - b
@@ -33,10 +35,10 @@ def next_step(rng, value):
     while True:
         k = rng.randint(1, 9)
         clause, expression, result = rng.choice([
-            (f"{rng.choice(GAIN)} {k} more", f"{value}+{k}", value + k),
+            (f"{rng.choice(GAIN)} {k}", f"{value}+{k}", value + k),
             (f"{rng.choice(LOSS)} {k}", f"{value}-{k}", value - k),
-            ("double the rest", f"{value}*2", value * 2),
-            ("give away half", f"{value}/2", value / 2),
+            ("double them", f"{value}*2", value * 2),
+            ("halve them", f"{value}/2", value / 2),
         ])
         if result == int(result) and 1 <= result <= TOP:
             return clause, expression, int(result)
