@@ -32,12 +32,14 @@ from data import Problems, Tokenizer, UserError, load, to_number
 from encoder import decode, llm_layout, encoder_layout, place, summarize, superpose
 from model import GPT, GPT2, GPTConfig
 
-PRESETS = {
+PRESETS = {  # the defaults that depend on --data; "gsm8k" is that of everything but the toy task
     "toy": dict(n_layer=3, n_head=4, n_embd=128, block_size=96, batch_size=32, lr=4e-3, chunk_size=2,
-                sft_steps=1000, sup_steps=300, latent_steps=800, eval_every=200),
-    "gsm8k": dict(n_layer=4, n_head=4, n_embd=256, block_size=384, batch_size=16, lr=6e-4, chunk_size=2,
-                  sft_steps=2000, sup_steps=1000, latent_steps=2000, eval_every=500),
+                sft_steps=600, eval_every=200, steps={"sup": 200, "latent": 600}),
+    "gsm8k": dict(n_layer=4, n_head=4, n_embd=256, block_size=384, batch_size=16, lr=1e-3, chunk_size=2,
+                  sft_steps=2000, eval_every=500, steps={"sup": 1000, "latent": 2000}),
 }
+SHAPE = ("n_layer", "n_head", "n_embd", "block_size")
+INHERITED = ("data", "data_dir", "cot", "seed", "chunk_size", *SHAPE)  # what a later phase takes over from phase 1
 
 
 # ------------------------------------------------------------------------------------------------- set-up
@@ -47,88 +49,83 @@ def parser(doc, phase):
     p = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = p.add_argument
     add("--data", help="toy, gsm8k, gsm8k-aug, or a path: a .jsonl file of question and answer in GSM8K's form, or a "
-        "folder with train.jsonl and test.jsonl (default: toy; a later phase: the data of --out)")
+        "folder with train.jsonl and test.jsonl (default: toy; a later phase: what --out was trained on)")
     add("--data-dir", help="folder with the files of gsm8k or gsm8k-aug (default: data/<name>; gsm8k is downloaded)")
     add("--out", type=Path, help="folder to write to, and to find the earlier phases in (default: out/<data>)")
-    add("--seed", type=int, help="of the weights, the toy task, the order of the data and the noise (default: 0)")
-    add("--device", help="cpu, cuda, cuda:1, mps, … (default: cuda if there is one)")
+    add("--seed", type=int, help="of weights, toy problems, order of the data and noise (default: 0)")
+    add("--device", help="cpu, cuda, cuda:1, mps, … (default: cuda where there is one)")
     add("--dtype", choices=["float32", "bfloat16"], help="of the matmuls (default: bfloat16 on cuda, else float32)")
-    add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile (default: on cuda)")
-    add("--chunk-size", type=int, help="c, the chain's tokens in a latent token")
-    add("--top-k", type=int, help="entries kept of α: in z (phase 1; default 0 = all) and in the store (phase 2; "
+    add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile the training step (default: on cuda)")
+    add("--chunk-size", type=int, help="c, tokens of the chain in one latent token")
+    add("--top-k", type=int, help="entries of α kept: in z (phase 1; default 0 = all) and in the store (phase 2; "
         "default 50)")
     add("--batch-size", type=int, help="problems in a batch")
-    add("--overwrite", action="store_true", help="replace what --out holds of this phase")
+    for flag in SHAPE:
+        add("--" + flag.replace("_", "-"), type=int, help="of the model" if phase == "sup" else argparse.SUPPRESS)
+    if phase != "analyze":
+        add("--resume", action="store_true", help="go on where an interrupted run stopped")
+        add("--overwrite", action="store_true", help="start over, replacing what --out holds of this phase")
     if phase in ("sup", "latent"):
         add("--lr", type=float, help="peak learning rate")
         add("--steps", type=int, help="updates of this phase")
-        add("--eval-every", type=int, help="updates between two evaluations and saves")
-    if phase != "analyze":
-        add("--resume", action="store_true", help="go on where an interrupted run stopped")
+        add("--eval-every", type=int, help="updates between two evaluations, which also save")
     if phase == "sup":
-        for flag in ("--n-layer", "--n-head", "--n-embd", "--block-size"):
-            add(flag, type=int, help="shape of the model")
-        add("--cot", choices=["steps", "text"], help="the chain of thought: calculator steps, or the whole solution")
-        add("--init", default="scratch", help="scratch, " + ", ".join(GPT2) + ", or a checkpoint such as sft.pt")
+        add("--cot", choices=["steps", "text"], help="chain of thought: calculator steps (default) or the whole solution")
+        add("--init", default="scratch", help="scratch (default), " + ", ".join(GPT2) + ", or a checkpoint such as sft.pt")
         add("--sft-steps", type=int, help="updates of the explicit warm-up")
     return p
 
 
 def setup(p, phase, argv=None):
-    """Parse the flags, fill in presets or what the earlier phase fixed, choose the device: (args, env).
+    """Parse the flags, fill in what was not given, choose the device: (args, env).
 
-    env has device, autocast, tokenizer, rank, world, config (goes into every file written) and parent (the
-    checkpoint of the phase before, or None). Raises UserError on flags that contradict it.
+    A flag that was not given is inherited from phase 1, else it comes from the preset of --data. env has device,
+    autocast, tokenizer, rank, world, config (goes into every file written) and parent (phase 1's checkpoint, or
+    None). Raises UserError on a value that makes no sense or contradicts phase 1.
     """
     args = p.parse_args(argv)
     args.out = args.out or Path("out") / (Path(args.data).stem if args.data else "toy")
-    parent_name = {"sup": None, "compress": "sup", "latent": "sup", "analyze": "sup"}[phase]
-    parent = load_checkpoint(args.out / f"{parent_name}.pt") if parent_name else None
-    inherited = parent["config"] if parent else {}
-    preset = PRESETS["toy" if (args.data or inherited.get("data", "toy")) == "toy" else "gsm8k"]
-    defaults = dict(preset, data="toy", data_dir=None, cot="steps", seed=0, top_k=0)
-    if phase in ("sup", "latent"):
-        defaults["steps"] = preset[f"{phase}_steps"]
-    for field in ("data", "data_dir", "cot", "seed", "chunk_size", "n_layer", "n_head", "n_embd", "block_size"):
-        if field in inherited:
-            given = getattr(args, field, None)
-            if given is not None and given != inherited[field] and field not in ("seed", "data_dir"):
-                raise UserError(f"--{field.replace('_', '-')} {given} contradicts {args.out}/{parent_name}.pt, which has "
-                                f"{inherited[field]}")
-            defaults[field] = inherited[field]
+    parent = None if phase == "sup" else load_checkpoint(args.out / "sup.pt")
+    inherited = {field: parent["config"][field] for field in INHERITED} if parent else {}
+    for field in set(inherited) - {"data_dir"}:
+        given = getattr(args, field, None)
+        if given not in (None, inherited[field]):
+            raise UserError(f"--{field.replace('_', '-')} {given} contradicts {args.out / 'sup.pt'}, which has {inherited[field]}")
+    data = args.data or inherited.get("data") or "toy"
+    preset = PRESETS["toy" if data == "toy" else "gsm8k"]
+    defaults = {"data": data, "data_dir": None, "cot": "steps", "seed": 0, "top_k": 0, **preset, **inherited,
+                "steps": preset["steps"].get(phase)}
     for field, value in defaults.items():
-        if getattr(args, field, None) is None:
+        if hasattr(args, field) and getattr(args, field) is None or field in INHERITED and not hasattr(args, field):
             setattr(args, field, value)
-    for field in ("batch_size", "chunk_size", "n_layer", "n_head", "n_embd", "block_size", "eval_every", "steps",
-                  "sft_steps", "top_k", "limit"):
-        if getattr(args, field) is not None if hasattr(args, field) else False:
-            least = 0 if field in ("steps", "sft_steps", "top_k") else 1
-            if getattr(args, field) < least:
-                raise UserError(f"--{field.replace('_', '-')} {getattr(args, field)}: must be at least {least}")
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    for field, value in vars(args).items():
+        least = 0 if field in ("steps", "sft_steps", "top_k", "seed", "noise", "bag") else 1
+        if type(value) is int and value < least or type(value) is float and not (value >= 0 and math.isfinite(value)):
+            raise UserError(f"--{field.replace('_', '-')} {value}: must be at least {least}")
+
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # as torchrun sets them
     name = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if name == "cuda" and world > 1:
         name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
         device = torch.device(name)
         torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError) as error:
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise UserError(f"--device {name}: {str(error).splitlines()[0]}")
     if world > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    cuda = device.type == "cuda"
-    args.dtype = args.dtype or ("bfloat16" if cuda else "float32")
-    args.compile = cuda if args.compile is None else args.compile
+    args.dtype = args.dtype or ("bfloat16" if device.type == "cuda" else "float32")
+    args.compile = device.type == "cuda" if args.compile is None else args.compile
     torch.set_float32_matmul_precision("high")
     torch.manual_seed(args.seed)
     tokenizer = Tokenizer("toy" if args.data == "toy" else "gpt2")
+    if rank == 0:
+        print(phase, *(f"{k}={v}" for k, v in vars(args).items() if v is not None and v is not False))
     config = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
     config.update(phase=phase, tokenizer=tokenizer.name, commit=commit(), torch=str(torch.__version__),
                   python=platform.python_version())
     env = SimpleNamespace(device=device, tokenizer=tokenizer, rank=rank, world=world, config=config, parent=parent,
                           autocast=lambda: torch.autocast(device.type, torch.bfloat16, args.dtype == "bfloat16"))
-    if rank == 0:
-        print(f"{phase}: " + " ".join(f"{k}={v}" for k, v in vars(args).items() if v not in (None, False)))
     return args, env
 
 

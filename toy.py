@@ -20,13 +20,15 @@ GAIN = ["buy", "find", "get", "win"]
 LOSS = ["drop", "lose", "sell", "use"]
 
 
-def first_step(rng, name, things):
+def small_and_gains(rng, name, things):
     """One of the two free steps: (sentence, expression, value)."""
-    if rng.random() < 0.5:
-        a, b = rng.randint(2, 8), rng.randint(1, 4)
-        return f"{name} has {a} {things} and {rng.choice(GAIN)}s {b}.", f"{a}+{b}", a + b
-    b = rng.randint(1, 6)
-    a = b + rng.randint(1, 8)  # something is left
+    a, b = rng.randint(2, 8), rng.randint(1, 4)
+    return f"{name} has {a} {things} and {rng.choice(GAIN)}s {b}.", f"{a}+{b}", a + b
+
+
+def large_and_loses(rng, name, things):
+    """The other one. It starts above all the small ones: a step's first number says which of the two it is."""
+    a, b = rng.randint(9, 14), rng.randint(2, 8)
     return f"{name} has {a} {things} and {rng.choice(LOSS)}s {b}.", f"{a}-{b}", a - b
 
 
@@ -47,10 +49,10 @@ def next_step(rng, value):
 def make(rng):
     """A problem: (question, paths, answer). Every path is a list of steps such as '<<7+5=12>>'."""
     things, (one, two) = rng.choice(THINGS), rng.sample(NAMES, 2)
-    text1, expr1, a = first_step(rng, one, things)
-    text2, expr2, b = first_step(rng, two, things)
-    while a + b > TOP or expr1 == expr2:
-        text2, expr2, b = first_step(rng, two, things)
+    text1, expr1, a = small_and_gains(rng, one, things)
+    text2, expr2, b = large_and_loses(rng, two, things)
+    while a + b > TOP:
+        text2, expr2, b = large_and_loses(rng, two, things)
     value, clauses, rest = a + b, [], []
     for _ in range(rng.randint(2, 3)):
         clause, expression, value = next_step(rng, value)
