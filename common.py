@@ -63,8 +63,9 @@ def parser(doc, phase):
     for flag in SHAPE:
         add("--" + flag.replace("_", "-"), type=int, help="of the model" if phase == "sup" else argparse.SUPPRESS)
     if phase != "analyze":
-        add("--resume", action="store_true", help="go on where an interrupted run stopped")
-        add("--overwrite", action="store_true", help="start over, replacing what --out holds of this phase")
+        again = p.add_mutually_exclusive_group()
+        again.add_argument("--resume", action="store_true", help="go on where an interrupted run stopped")
+        again.add_argument("--overwrite", action="store_true", help="start over, replacing what --out holds of this phase")
     if phase in ("sup", "latent"):
         add("--lr", type=float, help="peak learning rate")
         add("--steps", type=int, help="updates of this phase")
@@ -127,6 +128,19 @@ def setup(p, phase, argv=None):
     env = SimpleNamespace(device=device, tokenizer=tokenizer, rank=rank, world=world, config=config, parent=parent,
                           autocast=lambda: torch.autocast(device.type, torch.bfloat16, args.dtype == "bfloat16"))
     return args, env
+
+
+def start(main):
+    """Run a script's main; what the system refuses (a folder, a disk) is said in one sentence."""
+    try:
+        main()
+    except KeyboardInterrupt:
+        raise SystemExit("stopped; what was saved before is untouched")
+    except OSError as error:
+        raise UserError(f"{error.filename or 'the system'}: {error.strerror or error}")
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 def commit():
@@ -239,9 +253,13 @@ class Run:
         self.parameters = decay + rest
         self.optimizer = torch.optim.AdamW([{"params": decay, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}],
                                            lr=args.lr, betas=(0.9, 0.95), fused=env.device.type in ("cpu", "cuda"))
-        if self.state.exists() and args.resume:
+        if args.resume and self.state.exists():
             self.restore()
-        elif (self.path.exists() or self.state.exists()) and not (args.overwrite or args.resume):
+        elif args.overwrite:
+            if env.rank == 0:
+                self.state.unlink(missing_ok=True)
+                self.path.unlink(missing_ok=True)
+        elif self.path.exists() or self.state.exists():
             raise UserError(f"{self.path.parent} already holds a run ({self.path.name}); go on with --resume, start over "
                             "with --overwrite, or choose another --out")
         self.net = torch.compile(module) if args.compile else module
@@ -249,7 +267,11 @@ class Run:
             self.net = DistributedDataParallel(self.net)
         if env.rank == 0:
             args.out.mkdir(parents=True, exist_ok=True)
-            self.log = open(args.out / f"{name}.jsonl", "a" if self.step else "w", buffering=1)
+            self.log = open(args.out / f"{name}.jsonl", "a+" if self.step else "w+", buffering=1)
+            self.log.seek(0)
+            kept = [row for row in self.log if row.endswith("\n") and json.loads(row)["step"] <= self.step]
+            self.log.truncate(0)  # what was logged after the last save happens again
+            self.log.writelines(kept)
 
     def restore(self):
         saved = load_checkpoint(self.state)

@@ -71,11 +71,11 @@ def main(argv=None):
 
     # data and model
     train, val = common.splits(args, env)
-    store = Store(args.out / "latents", fingerprint=train.fingerprint, chunk_size=c, tokenizer=tokenizer.name,
-                  encoder=common.identity(env.parent["models"]["encoder"]))
+    encoder = common.identity(env.parent["models"]["encoder"])
+    store = Store(args.out / "latents", fingerprint=train.fingerprint, chunk_size=c, tokenizer=tokenizer.name, encoder=encoder)
     caps = common.caps(train, c)
     llm = common.build(env.parent, "llm", env.device)
-    env.config.update(store_top_k=store.top_k, caps=list(caps))
+    env.config.update(encoder=encoder, store_top_k=store.top_k, caps=list(caps))
 
     # phase 3
     run = common.Run("latent", args, env, LatentReasoner(llm), {"llm": llm}, train, args.steps)
@@ -90,4 +90,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    common.start(main)
