@@ -22,7 +22,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-GPT2 = {  # layers, heads, channels
+GPT2 = {  # layers, heads, channels; all have 1024 positions
     "gpt2": (12, 12, 768), "gpt2-medium": (24, 16, 1024), "gpt2-large": (36, 20, 1280), "gpt2-xl": (48, 25, 1600),
 }
 GPT2_URL = "https://huggingface.co/openai-community/{}/resolve/main/pytorch_model.bin"
@@ -164,7 +164,7 @@ class GPT(nn.Module):
             state = torch.hub.load_state_dict_from_url(GPT2_URL.format(name), file_name=f"{name}.bin",
                                                        map_location="cpu", weights_only=True)
         state = {k.removeprefix("transformer."): v for k, v in state.items()}
-        model = cls(GPTConfig(vocab_size, state["wpe.weight"].size(0), n_layer, n_head, n_embd))
+        model = cls(GPTConfig(vocab_size, 1024, n_layer, n_head, n_embd))
         with torch.no_grad():
             for key, mine in model.state_dict().items():
                 theirs = state.get(key)
