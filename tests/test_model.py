@@ -1,0 +1,127 @@
+"""The GPT: what it sees, its cache, and GPT-2's weights read in."""
+import math
+
+import pytest
+import torch
+
+import model
+from conftest import VOCAB, close, tiny
+from model import GPT, GPTConfig, KVCache
+
+
+def ids(B, T, seed=0):
+    return torch.randint(VOCAB.n_vocab, (B, T), generator=torch.Generator().manual_seed(seed))
+
+
+def test_nothing_sees_the_future():
+    gpt, a = tiny(0), ids(2, 9)
+    b = a.clone()
+    b[:, 5] += 1 - 2 * (b[:, 5] > 0).long()
+    before, after = gpt(gpt.wte(a)), gpt(gpt.wte(b))
+    assert torch.equal(before[:, :5], after[:, :5])
+    assert (before[:, 5:] != after[:, 5:]).any(2).all()
+
+
+@pytest.mark.parametrize("pieces", [[1] * 12, [5, 1, 4, 2], [12]])
+def test_cached_equals_uncached(pieces):
+    gpt = tiny(0)
+    x = gpt.wte(ids(3, 12))
+    cache = KVCache(gpt.config, 3, 12, dtype=torch.float64)
+    close(torch.cat([gpt(piece, cache=cache) for piece in x.split(pieces, 1)], 1), gpt(x))
+    assert cache.length == 12
+
+
+def test_a_full_cache_says_so():
+    gpt = tiny(0)
+    with pytest.raises(ValueError, match="3 slots and 4 are needed"):
+        gpt(gpt.wte(ids(1, 4)), cache=KVCache(gpt.config, 1, 3, dtype=torch.float64))
+
+
+def test_hidden_states_only_where_asked_for():
+    gpt, at = tiny(0), torch.tensor([[7, 0, 3], [2, 2, 8]])
+    x = gpt.wte(ids(2, 9))
+    close(gpt(x, at=at), gpt(x)[torch.arange(2)[:, None], at])
+
+
+def test_slot_position_and_mask_are_independent():
+    """Tokens stored in another order, each with its own position and seeing the same ones, come out the same."""
+    gpt, T = tiny(0), 8
+    x, order = gpt.wte(ids(2, T)), torch.randperm(T, generator=torch.Generator().manual_seed(1))
+    mask = torch.ones(T, T, dtype=torch.bool).tril()
+    out = gpt(x[:, order], order, mask[order][:, order])
+    close(out, gpt(x)[:, order])
+
+
+def test_heads_must_divide_channels():
+    with pytest.raises(ValueError, match="multiple of --n-head 3"):
+        GPTConfig(20, n_embd=16, n_head=3)
+
+
+# ---------------------------------------------------------------------------------------------------- GPT-2
+
+def gpt2_state(prefix, n_layer=2, C=8, V=11, T=1024):
+    """Random weights under the names, and in the shapes, of OpenAI's file: linear maps are (in, out), masks included."""
+    shapes = {"wte.weight": (V, C), "wpe.weight": (T, C), "ln_f.weight": (C,), "ln_f.bias": (C,)}
+    for i in range(n_layer):
+        shapes.update({f"h.{i}.{name}": shape for name, shape in {
+            "ln_1.weight": (C,), "ln_1.bias": (C,), "ln_2.weight": (C,), "ln_2.bias": (C,), "attn.bias": (1, 1, 6, 6),
+            "attn.c_attn.weight": (C, 3 * C), "attn.c_attn.bias": (3 * C,), "attn.c_proj.weight": (C, C),
+            "attn.c_proj.bias": (C,), "mlp.c_fc.weight": (C, 4 * C), "mlp.c_fc.bias": (4 * C,),
+            "mlp.c_proj.weight": (4 * C, C), "mlp.c_proj.bias": (C,)}.items()})
+    g = torch.Generator().manual_seed(0)
+    return {prefix + k: torch.randn(s, generator=g, dtype=torch.float64) for k, s in shapes.items()}
+
+
+def gpt2_by_hand(w, ids, n_head=2):
+    """GPT-2's logits for one row of ids, written out from its own weights, a head and a position at a time."""
+    def norm(x, name):
+        x = x - x.mean(1, keepdim=True)
+        return x / (x.pow(2).mean(1, keepdim=True) + 1e-5).sqrt() * w[name + ".weight"] + w[name + ".bias"]
+
+    def linear(x, name):
+        return x @ w[name + ".weight"] + w[name + ".bias"]
+
+    def gelu(x):
+        return 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x ** 3)))
+
+    x = w["wte.weight"][ids] + w["wpe.weight"][:len(ids)]
+    C = x.size(1)
+    D = C // n_head
+    for i in range(2):
+        qkv, y = linear(norm(x, f"h.{i}.ln_1"), f"h.{i}.attn.c_attn"), torch.zeros_like(x)
+        for head in range(n_head):
+            q, k, v = (qkv[:, part * C + head * D:][:, :D] for part in range(3))
+            for t in range(len(ids)):
+                y[t, head * D:(head + 1) * D] = (k[:t + 1] @ q[t] / math.sqrt(D)).softmax(0) @ v[:t + 1]
+        x = x + linear(y, f"h.{i}.attn.c_proj")
+        x = x + linear(gelu(linear(norm(x, f"h.{i}.ln_2"), f"h.{i}.mlp.c_fc")), f"h.{i}.mlp.c_proj")
+    return norm(x, "ln_f") @ w["wte.weight"].t()
+
+
+@pytest.fixture
+def small_gpt2(monkeypatch):
+    monkeypatch.setitem(model.GPT2, "gpt2", (2, 2, 8))
+
+
+@pytest.mark.parametrize("prefix", ["", "transformer."])
+def test_gpt2_weights_give_gpt2_logits(small_gpt2, prefix):
+    w = {k: v.float().double() for k, v in gpt2_state("").items()}  # as a model of float32 holds them
+    gpt = GPT.from_gpt2("gpt2", vocab_size=16, state=gpt2_state(prefix)).double()
+    row = [3, 10, 0, 7, 7, 1]
+    logits = gpt.head(gpt(gpt.wte(torch.tensor([row]))))[0]
+    close(logits[:, :11], gpt2_by_hand(w, row))
+    close(gpt.wte.weight[11:], w["wte.weight"].mean(0).expand(5, -1), 1e-6)
+
+
+@pytest.mark.parametrize("change, complaint", [
+    (lambda w: w.pop("h.1.mlp.c_fc.bias"), "no tensor 'h.1.mlp.c_fc.bias'"),
+    (lambda w: w.update({"h.0.attn.c_attn.weight": torch.zeros(8, 23)}), r"'h.0.attn.c_attn.weight' as \(23, 8\)"),
+    (lambda w: w.update({"wte.weight": torch.zeros(11, 7)}), "'wte.weight'"),
+    (lambda w: w.pop("wpe.weight"), "no tensor 'wpe.weight'"),
+    (lambda w: w.update({"wpe.weight": torch.zeros(512, 8)}), r"'wpe.weight' as \(512, 8\)"),
+])
+def test_gpt2_weights_that_do_not_fit(small_gpt2, change, complaint):
+    state = gpt2_state("")
+    change(state)
+    with pytest.raises(ValueError, match=complaint):
+        GPT.from_gpt2("gpt2", vocab_size=16, state=state)
