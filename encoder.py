@@ -255,7 +255,8 @@ def decode(llm, tokenizer, x, length, latent=False, top_k=0, max_latents=0, max_
     cache = KVCache(llm.config, B, T + max(steps, 0), device, llm.h[0].attn.c_attn.weight.dtype)
     slots = torch.arange(T + max(steps, 0), device=device)
     visible = (slots < length[:, None]) | (slots >= T)  # (B, S): the prompt's own slots, and those to come
-    logits = llm.head(llm(x, cache=cache, at=(length - 1)[:, None]))[:, 0]  # (B, V)
+    pos = slots[:T].clamp(max=llm.config.block_size - 1)  # padding may reach beyond the last position
+    logits = llm.head(llm(x, pos, cache=cache, at=(length - 1)[:, None]))[:, 0]  # (B, V)
     thinking = torch.full((B,), bool(latent), device=device)
     done, capped = torch.zeros(B, dtype=torch.bool, device=device), torch.zeros(B, dtype=torch.bool, device=device)
     latents, written = torch.zeros(2, B, dtype=torch.int64, device=device)
