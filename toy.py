@@ -2,11 +2,11 @@
 
     python toy.py            # print three problems
 
-    Ann has 7 pens and buys 5. Ben has 9 pens and loses 8. They pool their pens, sell 5, double them and find 2. How
-    many pens do they have?
-    <<7+5=12>> <<9-8=1>> <<12+1=13>> <<13-5=8>> <<8*2=16>> <<16+2=18>>     or, as well,
-    <<9-8=1>> <<7+5=12>> <<1+12=13>> <<13-5=8>> <<8*2=16>> <<16+2=18>>
-    #### 18
+    Eva has 8 cards and wins 2. Ann has 10 cards and sells 8. They pool their cards, buy 7, use 4 and use 3. How many
+    cards do they have?
+    <<8+2=10>> <<10-8=2>> <<10+2=12>> <<12+7=19>> <<19-4=15>> <<15-3=12>>     or, as well,
+    <<10-8=2>> <<8+2=10>> <<2+10=12>> <<12+7=19>> <<19-4=15>> <<15-3=12>>
+    #### 12
 
 The first two steps are free: either may come first. Then they meet, and a chain follows. So a problem has
 two valid paths to its answer, and one of them, drawn at random, is its chain of thought.

@@ -16,7 +16,6 @@ A training step is three times that: backward takes the gradient of both factors
 tokens/s counts what is real: tokens and latents, without padding.
 """
 import json
-import math
 import resource
 import statistics
 import sys
@@ -32,7 +31,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import common
 from compress import Store
 from data import Problems
-from encoder import chunks, decode, encoder_layout, explicit_layout, llm_layout, place, summarize
+from encoder import (chunks, decode, encoder_layout, explicit_layout, llm_layout, ordinary_softmax, place, summarize,
+                     supervision_mask)
 from model import GPT, GPTConfig
 from train_latent import LatentReasoner, gumbel_noise
 from train_sup import Explicit, Superposition, bags, weighted_nll
@@ -203,10 +203,191 @@ class Bench:
                 tokens += np.full(B, latents + written)
         return flops, int(np.sum(tokens))
 
-    # what the layouts replace: a pass for every chunk (forward and backward, as in training)
-    def one_pass_summaries(self):
-        self.backward(self.encoder, [(e.ids, None, common_mask(e), e.mark, None) for e in self.enc])
 
-    def backward(self, model, passes):
-        for ids, z, mask, pos, at in passes:
-            pass
+# ------------------------------------------------------------------------- what the layouts and the cache replace
+
+class Loops(Bench):
+    """The same results the plain way, on the largest bucket: each pair of methods must agree, and does so by assertion."""
+
+    def __init__(self, args, env):
+        super().__init__(args, env)
+        batch, c, t, device = self.batches[-1], args.chunk_size, self.env.tokenizer, env.device
+        self.batches, self.e, self.l = [batch], self.enc[-1], self.sup[-1]
+        n = chunks(batch.ns, c)
+        self.z = torch.randn(args.batch_size, self.e.mark.size(1), args.n_embd, device=device, requires_grad=True)  # (B, N, C)
+        self.encoder_passes, self.llm_passes = [], []
+        for i in range(n.max()):  # pass i: the rows that have a chunk i
+            rows, read = (n > i).nonzero()[0], np.minimum((i + 1) * c, batch.ns)
+            texts = [[*batch.x[r, :batch.nx[r]], *batch.s[r, :read[r]], t.sum] for r in rows]
+            self.encoder_passes.append((self.pad(texts), torch.tensor([[len(text) - 1] for text in texts], device=device)))
+            nexts = [[*(batch.s[r, (i + 1) * c:min((i + 2) * c, batch.ns[r])] if i + 1 < n[r] else batch.a[r, :batch.na[r]])]
+                     for r in rows]
+            x = [batch.x[r, :batch.nx[r]] for r in rows]
+            ids = self.pad([[*a, *[0] * (i + 1), *b] for a, b in zip(x, nexts)])
+            latent = self.pad([[*a * 0, *range(1, i + 2)] for a in x], ids.size(1))
+            target = self.pad(nexts)
+            at = torch.tensor([[len(a) + i] for a in x], device=device) + torch.arange(target.size(1), device=device)
+            weight = self.pad([[1 / n[r] / len(b)] * len(b) for r, b in zip(rows, nexts)]).float()
+            self.llm_passes.append((torch.from_numpy(rows).to(device), ids, latent, at.clamp(max=ids.size(1) - 1), target, weight))
+
+    def pad(self, rows, width=0):
+        width = max(width, *map(len, rows))
+        return torch.tensor([[*row, *[0] * (width - len(row))] for row in rows], device=self.env.device)
+
+    def summaries(self):
+        with self.env.autocast():
+            alpha = summarize(self.encoder, self.e, self.env.tokenizer.n_ordinary)  # (B, N, n_ordinary)
+        real = torch.arange(alpha.size(1), device=alpha.device) < self.e.n[:, None]
+        return self.backward(alpha.square().sum(2).where(real, 0).sum())
+
+    def summaries_loop(self):
+        total = 0
+        for ids, at in self.encoder_passes:
+            with self.env.autocast():
+                logits = self.encoder.head(self.encoder(self.encoder.wte(ids), at=at))
+            total += self.backward(ordinary_softmax(logits, self.env.tokenizer.n_ordinary).square().sum())
+        return total
+
+    def ltsum(self):
+        seq = self.l
+        with self.env.autocast():
+            x = place(self.llm.wte(seq.ids), self.z, seq.latent)
+            logits = self.llm.head(self.llm(x, seq.pos, supervision_mask(seq.seg), at=seq.at))
+        return self.backward(weighted_nll(logits, seq.target, seq.weight))
+
+    def ltsum_loop(self):
+        total = 0
+        for rows, ids, latent, at, target, weight in self.llm_passes:
+            with self.env.autocast():
+                logits = self.llm.head(self.llm(place(self.llm.wte(ids), self.z[rows], latent), at=at))
+            total += self.backward(weighted_nll(logits, target, weight) * len(rows) / self.args.batch_size)
+        return total
+
+    def backward(self, loss):
+        loss.backward()
+        for p in (self.z, *self.llm.parameters(), *self.encoder.parameters()):
+            p.grad = None
+        return loss.detach()
+
+    @torch.no_grad()
+    def cached(self, cached=True, B=16, prompt=56, steps=28):
+        """Explicit decoding at GSM8K's mean lengths, with the KV cache or reading everything again at every step."""
+        ids = torch.arange(B * prompt, device=self.env.device).view(B, prompt) % self.env.tokenizer.n_ordinary
+        with self.env.autocast():
+            x, out = self.llm.wte(ids), []
+            if cached:
+                return decode(self.llm, self.env.tokenizer, x, torch.full_like(ids[:, 0], prompt), max_tokens=steps).tokens
+            for _ in range(steps):
+                last = torch.full_like(ids[:, :1], x.size(1) - 1)
+                out.append(self.llm.head(self.llm(x, at=last))[:, 0].argmax(1))
+                x = torch.cat([x, self.llm.wte(out[-1])[:, None]], 1)
+        return torch.stack(out, 1).tolist()
+
+    def ratios(self, repeats):
+        tolerance = 1e-3 if self.args.dtype == "float32" else 5e-2
+        for one, loop in (self.summaries(), self.summaries_loop()), (self.ltsum(), self.ltsum_loop()):
+            torch.testing.assert_close(one, loop, rtol=tolerance, atol=0)
+        assert self.args.dtype != "float32" or self.cached() == self.cached(False)
+        many = [self.problems.batch(np.resize(self.problems.buckets[1], 64), self.problems.buckets[1])]
+        times = timed({
+            "summaries": self.summaries, "summaries loop": self.summaries_loop,
+            "ltsum": self.ltsum, "ltsum loop": self.ltsum_loop,
+            "cached": self.cached, "uncached": lambda: self.cached(False),
+            "latent": lambda: self.decode(True, batches=many), "explicit": lambda: self.decode(False, batches=many),
+            "single": lambda: [self.decode(True, slice(i, i + 1), many) for i in range(4)],
+        }, repeats, self.env.device)
+        return {"one_pass_summaries": quotient(times["summaries loop"], times["summaries"]),
+                "one_pass_ltsum": quotient(times["ltsum loop"], times["ltsum"]),
+                "cached_decoding": quotient(times["uncached"], times["cached"]),
+                "batched_decoding": 16 * quotient(times["single"], times["latent"]),
+                "latent_over_explicit": quotient(times["latent"], times["explicit"])}
+
+
+# ------------------------------------------------------------------------------------------------ the tables
+
+def parts_table(bench, repeats):
+    """Speed of every part, and the data path's share of a training step."""
+    matmul, matmul_flops = matmul_job(bench.args, bench.env.device)
+    jobs = {"matmul": matmul, **bench.jobs()}
+    jobs |= {"data " + name: lambda name=name: bench.data_path(name) for name in bench.runs}
+    times, passes, table = timed(jobs, repeats, bench.env.device), len(bench.batches), {}
+    rate = matmul_flops / statistics.median(times["matmul"])
+    print(f"\n{bench.args.dtype} matmul: {rate / 1e9:.1f} GFLOP/s\n\n{'':18}{'ms':>9}{'tokens/s':>11}{'GFLOP':>9}"
+          f"{'GFLOP/s':>9}{'of matmul':>11}{'peak MiB':>10}{'data, ms':>10}{'of a step':>11}")
+    for name, job in bench.jobs().items():
+        flops, tokens = bench.work(name)
+        seconds = statistics.median(times[name])
+        row = table[name] = dict(ms=1e3 * seconds / passes, tokens_per_s=tokens / seconds, gflop=flops / passes / 1e9,
+                                 gflops=flops / seconds / 1e9, peak_mib=job_memory(bench, name, job),
+                                 of_matmul=quotient([flops / s for s in times[name]], [matmul_flops / s for s in times["matmul"]]))
+        print(f"{name:18}{row['ms']:9.2f}{row['tokens_per_s']:11,.0f}{row['gflop']:9.2f}{row['gflops']:9.1f}"
+              f"{row['of_matmul']:11.1%}{row['peak_mib']:10,.0f}", end="")
+        if name in bench.runs:
+            row["data_ms"] = 1e3 * statistics.median(times["data " + name]) / passes
+            row["data_share"] = quotient(times["data " + name], times[name])
+            print(f"{row['data_ms']:10.2f}{row['data_share']:11.1%}", end="")
+        print()
+    return rate, table
+
+
+def job_memory(bench, name, job):
+    """MiB at most. On a GPU as if this part ran alone: its weights and Adam's two moments, and what it allocates."""
+    device = bench.env.device
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        job()
+        weights = sum(p.numel() for p in (bench.runs[name].parameters if name in bench.runs else bench.llm.parameters()))
+        return peak_memory(device) + (weights * (12 if name in bench.runs else 4) - before) / 2 ** 20
+    return peak_memory(device)
+
+
+def scaling_table(args, env, repeats):
+    """One size at a time, all others as they are. Under every axis: time and FLOPs of its last row over its first."""
+    axes = {"length": [1, 2, 4], "chunk size": [8, 4, 2, 1], "batch": [8, 32, 128], "width": [64, 128, 256]}
+    scaling = {}
+    for axis, values in axes.items():
+        benches = {}
+        for v in values:
+            mine = SimpleNamespace(**vars(args))
+            if axis == "length":
+                mine.block_size *= v
+            else:
+                setattr(mine, {"chunk size": "chunk_size", "batch": "batch_size", "width": "n_embd"}[axis], v)
+            benches[v] = Bench(mine, env, scale=v if axis == "length" else 1, count=3 * mine.batch_size)
+        times = timed({(v, name): job for v, b in benches.items() for name, job in b.jobs().items()}, repeats, env.device)
+        names = list(benches[values[0]].jobs())
+        print(f"\n{axis + ', ms':18}" + "".join(f"{name:>19}" for name in names))
+        for v in values:
+            row = {name: 1e3 * statistics.median(times[v, name]) / 3 for name in names}
+            scaling.setdefault(axis, {})[v] = row
+            print(f"{'×' * (axis == 'length') + str(v):18}" + "".join(f"{ms:19.2f}" for ms in row.values()))
+        first, last = values[0], values[-1]
+        print(f"{'time, FLOPs':18}" + "".join("{:>19}".format(
+            f"×{quotient(times[last, name], times[first, name]):.1f}, ×"
+            f"{benches[last].work(name)[0] / benches[first].work(name)[0]:.1f}") for name in names))
+    return scaling
+
+
+def main():
+    p = common.parser(__doc__, "sup")
+    p.add_argument("--preset", choices=PRESETS, default="toy", help="sizes of model, batch and data (default: toy)")
+    p.add_argument("--json", type=Path, help="write the tables there, too")
+    p.add_argument("--quick", action="store_true", help="fewer repeats, no scaling table")
+    preset = PRESETS[p.parse_known_args()[0].preset]
+    p.set_defaults(**{k: v for k, v in preset.items() if k != "steps"})
+    args, env = common.setup(p, "sup")
+    repeats = 3 if args.quick else 7
+    machine = torch.cuda.get_device_name(env.device) if env.device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    print(f"{machine}, torch {torch.__version__}")
+    rate, parts = parts_table(Bench(args, env), repeats)
+    ratios = Loops(args, env).ratios(repeats)
+    print("\nratios " + "  ".join(f"{name} {value:.2f}" for name, value in ratios.items()))
+    scaling = {} if args.quick else scaling_table(args, env, 3)
+    if args.json:
+        content = dict(machine=machine, config=env.config, matmul_gflops=rate / 1e9, parts=parts, ratios=ratios, scaling=scaling)
+        args.json.write_text(json.dumps(content, indent=1) + "\n", "utf-8")
+
+
+if __name__ == "__main__":
+    common.start(main)
