@@ -2,11 +2,11 @@
 
     python toy.py            # print three problems
 
-    Eva has 8 cards and wins 2. Ann has 10 cards and sells 8. They pool their cards, buy 7, use 4 and use 3. How many
+    Eva has 6 cards and wins 2. Ann has 10 cards and sells 6. They pool their cards, use 4, halve them and buy 3. How many
     cards do they have?
-    <<8+2=10>> <<10-8=2>> <<10+2=12>> <<12+7=19>> <<19-4=15>> <<15-3=12>>     or, as well,
-    <<10-8=2>> <<8+2=10>> <<2+10=12>> <<12+7=19>> <<19-4=15>> <<15-3=12>>
-    #### 12
+    <<6+2=8>> <<10-6=4>> <<8+4=12>> <<12-4=8>> <<8/2=4>> <<4+3=7>>     or, as well,
+    <<10-6=4>> <<6+2=8>> <<4+8=12>> <<12-4=8>> <<8/2=4>> <<4+3=7>>
+    #### 7
 
 The first two steps are free: either may come first. Then they meet, and a chain follows. So a problem has
 two valid paths to its answer, and one of them, drawn at random, is its chain of thought.
@@ -15,27 +15,27 @@ import random
 
 NAMES = "Ann Ben Eva Leo Mia Sam Tom Zoe".split()
 THINGS = "apples beads books cards coins eggs pens shells".split()
-TOP = 19  # no value is larger: the arithmetic is a small table, so that the steps are the difficulty
+TOP = 15  # no value is larger: the arithmetic is a small table, so that the steps are the difficulty
 GAIN = ["buy", "find", "get", "win"]
 LOSS = ["drop", "lose", "sell", "use"]
 
 
 def small_and_gains(rng, name, things):
     """One of the two free steps: (sentence, expression, value)."""
-    a, b = rng.randint(2, 8), rng.randint(1, 4)
+    a, b = rng.randint(2, 6), rng.randint(1, 3)
     return f"{name} has {a} {things} and {rng.choice(GAIN)}s {b}.", f"{a}+{b}", a + b
 
 
 def large_and_loses(rng, name, things):
     """The other one. It starts above all the small ones: a step's first number says which of the two it is."""
-    a, b = rng.randint(9, 14), rng.randint(2, 8)
+    a, b = rng.randint(7, 12), rng.randint(2, 6)
     return f"{name} has {a} {things} and {rng.choice(LOSS)}s {b}.", f"{a}-{b}", a - b
 
 
 def next_step(rng, value):
     """One link of the chain that follows the merge: (clause, expression, value)."""
     while True:
-        k = rng.randint(1, 9)
+        k = rng.randint(1, 4)
         clause, expression, result = rng.choice([
             (f"{rng.choice(GAIN)} {k}", f"{value}+{k}", value + k),
             (f"{rng.choice(LOSS)} {k}", f"{value}-{k}", value - k),

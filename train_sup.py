@@ -91,7 +91,7 @@ def main(argv=None):
     p = common.parser(__doc__, "sup")
     p.add_argument("--no-cot", action="store_true", help="train the baseline X <eot> Ans instead, as no_cot.pt, and stop")
     p.add_argument("--bag", type=float, default=1.0, help="bag-of-tokens warm-up: weight at the start (default 1; 0 = off)")
-    p.add_argument("--bag-until", type=float, default=0.6, help="… reaching 0 at this part of the steps (default 0.6)")
+    p.add_argument("--bag-until", type=float, default=2.0, help="… reaching 0 at this multiple of the steps (default 2: half is left at the end)")
     p.add_argument("--local", action="store_true", help="ablation: a chunk sees only its z and itself, as in the authors' code")
     args, env = common.setup(p, "sup", argv)
     tokenizer, c = env.tokenizer, args.chunk_size
