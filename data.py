@@ -147,7 +147,7 @@ def parse_gsm8k(line, cot):
         raise ValueError("expected a JSON object with the texts 'question' and 'answer', found no JSON")
     if not isinstance(row, dict) or not all(isinstance(row.get(k), str) for k in ("question", "answer")):
         raise ValueError("expected a JSON object with the texts 'question' and 'answer'")
-    return problem(row["question"], *row["answer"].rpartition("####")[::2], cot)
+    return problem(row["question"], row["answer"], cot)
 
 
 def parse_aug(line, cot):
@@ -155,13 +155,14 @@ def parse_aug(line, cot):
     question, bars, rest = line.partition("||")
     if not bars:
         raise ValueError("expected 'question||<<step>> <<step>> #### answer', found no '||'")
-    return problem(question, *rest.rpartition("####")[::2], cot)
+    return problem(question, rest, cot)
 
 
-def problem(question, solution, answer, cot):
+def problem(question, text, cot):
+    solution, hashes, answer = text.rpartition("####")
     if not question.strip():
         raise ValueError("the question is empty")
-    if to_number(answer) is None:
+    if not hashes or to_number(answer) is None:
         raise ValueError(f"expected a number after '####', found {answer.strip()[:40]!r}")
     chain = " ".join(re.findall(r"<<[^<>]*>>", solution)) if cot == "steps" else solution.strip()
     return {"question": question.strip(), "chain": chain, "answer": answer.strip().replace(",", "")}
