@@ -262,7 +262,7 @@ class Problems:
         total = self.x.length + self.s.length + self.a.length
         self.order = np.argsort(total, kind="stable")  # rows, the shortest first
         self.buckets = [rows for rows in np.array_split(self.order, buckets) if len(rows)]
-        self.epoch = None
+        self.epoch = None  # the one whose batches are laid out
 
     def __len__(self):
         return len(self.problems)
@@ -277,8 +277,8 @@ class Problems:
         """Batch number `step`: every problem once an epoch, in a new order each time. Rank r gets rows r::world."""
         per_epoch = sum(-(-len(b) // size) for b in self.buckets)
         epoch, at = divmod(step, per_epoch)
-        if self.epoch != epoch:
-            self.epoch, rng = epoch, np.random.default_rng([seed, epoch])
+        if self.epoch != (seed, size, epoch):
+            self.epoch, rng = (seed, size, epoch), np.random.default_rng([seed, epoch])
             batches = []
             for bucket in self.buckets:  # the last batch is filled up from the start
                 rows = np.resize(rng.permutation(bucket), -(-len(bucket) // size) * size)
