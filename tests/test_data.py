@@ -1,0 +1,244 @@
+"""Problems: the toy task, the loaders, the tokenizers, scoring, and what makes a batch."""
+import json
+import re
+from decimal import Decimal
+from fractions import Fraction
+
+import numpy as np
+import pytest
+
+import toy
+from conftest import ROOT
+from data import TOY_SIZE, Problems, UserError, load, split_of, to_number
+from encoder import encoder_layout, explicit_layout, llm_layout
+
+SAMPLE = ROOT / "tests" / "sample.jsonl"
+
+
+# -------------------------------------------------------------------------------------------------- the toy task
+
+@pytest.fixture(scope="module")
+def toy_problems():
+    return list(toy.problems(1, 500, lambda question: True))
+
+
+def test_every_toy_path_leads_to_the_answer(toy_problems):
+    """Each step is true, uses only numbers that the question or an earlier step gave, and the last one is the answer."""
+    for p in toy_problems:
+        assert p["chain"] in p["paths"] and len(set(p["paths"])) == 2
+        for path in p["paths"]:
+            given = set(re.findall(r"\d+", p["question"])) | ({"2"} if re.search("double|halve", p["question"]) else set())
+            steps = path.split(" ")
+            assert len(steps) in (5, 6)
+            for step in steps:
+                a, op, b, result = re.fullmatch(r"<<(\d+)([-+*/])(\d+)=(\d+)>>", step).groups()
+                assert a in given and b in given and 1 <= int(result) <= toy.TOP
+                a, b = Fraction(a), Fraction(b)
+                assert {"+": a + b, "-": a - b, "*": a * b, "/": a / b}[op] == int(result)
+                given.add(result)
+            assert result == p["answer"]
+
+
+def test_toy_splits_are_seeded_and_share_no_question():
+    questions = {split: [p["question"] for p in load("toy", split)] for split in TOY_SIZE}
+    assert {split: len(set(q)) for split, q in questions.items()} == TOY_SIZE
+    assert not set(questions["train"]) & set(questions["val"] + questions["test"])
+    assert not set(questions["val"]) & set(questions["test"])
+    assert load("toy", "val") == load("toy", "val") != load("toy", "val", seed=1)
+    assert not {p["question"] for p in load("toy", "test", seed=1)} & set(questions["train"])  # whatever the seed
+
+
+# ---------------------------------------------------------------------------------------------------- tokenizers
+
+TEXTS = ["", " ", "Ann has 7 pens.", "zebras  &\n\tquaggas", "naïve café: 12½ €, 汉字 🙂", "<<7+5=12>> <<9-8=1>>#### 1", "####",
+         "<eot> <bot><sum><|endoftext|>", "1234567 x07", "e\u0301\u200b\x00"]
+
+
+@pytest.mark.parametrize("name", ["toy", "gpt2"])
+def test_any_text_survives_and_is_data(name, request):
+    """Whatever the text, the ids spell it again, and none of them is a control token."""
+    t = request.getfixturevalue(f"{name}_tokenizer")
+    for text in TEXTS:
+        ids = t.encode(text)
+        assert t.decode(ids) == text and all(0 <= i < t.n_ordinary for i in ids)
+    assert [t.eos, t.bot, t.eot, t.sum] == list(range(t.n_ordinary, t.n_ordinary + 4))
+    assert t.n_vocab % 64 == 0 and t.n_ordinary + 4 <= t.n_vocab < t.n_ordinary + 4 + 64
+    assert t.decode([t.bot, t.eot, t.n_vocab - 1]) == "<bot><eot>"
+
+
+def test_toy_words_and_numbers_are_tokens_and_unknown_words_are_bytes(toy_tokenizer, toy_problems):
+    t = toy_tokenizer
+    assert t.encode("ζ") == list("ζ".encode()) and t.encode("QQQ") == list(b"QQQ")
+    for p in toy_problems[:100]:
+        for step in p["chain"].split(" "):
+            assert len(t.encode(step)) == 7 and len(t.encode(f"{step} {step}")) == 6 + 7
+        tokens = [t.decode([i]) for i in t.encode(p["question"])]
+        assert all(len(token) > 1 for token in tokens if token.isalpha())
+
+
+# ------------------------------------------------------------------------------------------------------- loaders
+
+def test_all_of_gsm8k_parses_and_tokenizes(gsm8k, gpt2_tokenizer):
+    splits = {split: load("gsm8k", split, gsm8k) for split in ("train", "val", "test")}
+    assert len(splits["train"]) + len(splits["val"]) == 7473 and len(splits["test"]) == 1319
+    assert 0.03 < len(splits["val"]) / 7473 < 0.07
+    for cot in ("steps", "text"):
+        every = [p for split in splits for p in load("gsm8k", split, gsm8k, cot)]
+        assert len(every) == 8792 and all(to_number(p["answer"]) is not None for p in every)
+        done = Problems(every, gpt2_tokenizer, block_size=1024)
+        assert done.dropped == 0
+        for r in range(0, 8792, 97):
+            assert gpt2_tokenizer.decode(done.s.pad(np.array([r]), done.s.length[r])[0].tolist()) == every[r]["chain"]
+
+
+def test_own_jsonl_in_the_form_of_gsm8k():
+    splits = {split: load(str(SAMPLE), split) for split in ("train", "val", "test")}
+    assert all(splits.values()) and sum(map(len, splits.values())) == 16
+    assert all(split_of(p["question"]) == split for split, rows in splits.items() for p in rows)
+    rows = {p["question"].split()[0]: p for rows in splits.values() for p in rows}
+    assert rows["Rosa"]["chain"] == "<<12*2=24>> <<12+24=36>>" and rows["Rosa"]["answer"] == "36"
+    assert rows["How"]["chain"] == ""  # no calculator step, no chain
+    text = {p["question"].split()[0]: p for p in load(str(SAMPLE), "train", cot="text")}
+    assert text["How"]["chain"] == "Eight legs three times over."
+
+
+def test_folder_with_train_and_test(tmp_path):
+    lines = SAMPLE.read_text("utf-8").splitlines(keepends=True)
+    (tmp_path / "train.jsonl").write_text("".join(lines[:14]), "utf-8")
+    (tmp_path / "test.jsonl").write_text("\ufeff" + "\r\n".join(lines[14:]) + "\n\n", "utf-8")  # as Windows writes it
+    assert len(load(str(tmp_path), "test")) == 2
+    both = load(str(tmp_path), "train") + load(str(tmp_path), "val")
+    assert {p["question"] for p in both} == {json.loads(line)["question"] for line in lines[:14]}
+
+
+def test_gsm8k_aug(tmp_path):
+    line = "Out of 600 employees, 30% got a rise. How many did not?||<<600*30/100=180>> <<600-180=420>> #### 420\n"
+    (tmp_path / "test.txt").write_text(line)
+    assert load("gsm8k-aug", "test", tmp_path) == [{
+        "question": "Out of 600 employees, 30% got a rise. How many did not?",
+        "chain": "<<600*30/100=180>> <<600-180=420>>", "answer": "420"}]
+
+
+GOOD = '{"question": "1 + 1?", "answer": "<<1+1=2>> #### 2"}'
+
+
+@pytest.mark.parametrize("bad, complaint", [
+    ("{", "no JSON"), ("[1, 2]", "'question' and 'answer'"), ('{"question": "x"}', "'question' and 'answer'"),
+    ('{"question": 5, "answer": "#### 5"}', "'question' and 'answer'"), ("[" * 100000, "no JSON"),
+    ('{"question": " ", "answer": "#### 5"}', "question is empty"), ('{"question": "x", "answer": "#### many"}', "'many'"),
+    ('{"question": "x", "answer": "it is 5"}', "after '####'"), ('{"question": "x", "answer": "5 ####"}', "after '####'"),
+], ids=range(9))
+def test_a_malformed_line_is_named(tmp_path, bad, complaint):
+    file = tmp_path / "mine.jsonl"
+    file.write_text(f"{GOOD}\n\n{bad}\n")
+    with pytest.raises(UserError) as error:
+        load(str(file), "train")
+    assert str(error.value).startswith(f"{file}, line 3: ") and complaint in str(error.value)
+
+
+def test_half_a_character_is_no_reason_to_stop(tmp_path, toy_tokenizer):
+    (tmp_path / "test.jsonl").write_text('{"question": "\\ud83d?", "answer": "<<1+1=2>> #### 2"}')  # JSON can say it, UTF-8 can't
+    assert len(Problems(load(str(tmp_path), "test"), toy_tokenizer, 96)) == 1
+
+
+def test_files_that_are_not_there_or_not_text(tmp_path):
+    for name, data_dir in (("gsm8k-aug", tmp_path), (str(tmp_path), None)):
+        with pytest.raises(UserError, match="train.*no such file"):
+            load(name, "train", data_dir)
+    with pytest.raises(UserError, match="no such file or folder"):
+        load(str(tmp_path / "nothing"), "train")
+    (tmp_path / "test.txt").write_bytes(b"caf\xe9||#### 1")
+    with pytest.raises(UserError, match="not UTF-8"):
+        load("gsm8k-aug", "test", tmp_path)
+    (tmp_path / "test.txt").write_text("no bars #### 1")
+    with pytest.raises(UserError, match=r"test.txt, line 1: .*\|\|"):
+        load("gsm8k-aug", "test", tmp_path)
+    (tmp_path / "train.jsonl").write_text(GOOD)
+    with pytest.raises(UserError, match="checksum"):
+        load("gsm8k", "train", tmp_path)  # never taken for the published data
+    (tmp_path / "empty.jsonl").write_text("\n")
+    with pytest.raises(UserError, match="no problems"):
+        load(str(tmp_path / "empty.jsonl"), "train")
+    (tmp_path / "one.jsonl").write_text(GOOD)
+    with pytest.raises(UserError, match="no problem falls to the val split"):
+        load(str(tmp_path / "one.jsonl"), "val")
+
+
+# ------------------------------------------------------------------------------------------------------- scoring
+
+@pytest.mark.parametrize("text, number", [
+    ("#### 10", "10"), ("<eot>#### 10", "10"), ("first 3, then 7", "7"), ("#### 1 #### 2", "2"), ("7 and #### 8 of 9", "9"),
+    ("1,000", "1000"), ("#### 1,234,567.50", "1234567.5"), ("$5.00", "5"), ("-$3", "-3"), ("-3", "-3"), ("+4", "4"), ("50%", "50"),
+    ("1/2", "0.5"), ("3 / 4", "0.75"), (".5", "0.5"), ("-.5", "-0.5"), ("It is 5.", "5"), ("5, or so", "5"), ("5-3", "3"),
+    ("(5)-3", "3"), ("x = -3", "-3"), ("٤٢", "42"), ("007", "7"), ("10.0", "10"),
+    ("", None), ("####", None), ("7 ####", None), ("none", None), ("1/0", None), ("0/0", None), ("½", None), ("-", None), ("...", None),
+])
+def test_answers_as_people_write_them(text, number):
+    assert to_number(text) == (None if number is None else Decimal(number))
+
+
+# ------------------------------------------------------------------------------------------------------- batches
+
+@pytest.fixture(scope="module")
+def problems(toy_tokenizer, toy_problems):
+    short = [dict(p, chain=p["chain"][:k]) for p, k in zip(toy_problems[:101], [0, 7, 30, 99] * 26)]
+    return Problems(short, toy_tokenizer, block_size=96)
+
+
+def test_every_problem_once_an_epoch(problems):
+    size = 8
+    fills = [np.concatenate([problems.train_batch(step, size, seed=0).rows for step in range(e * 15, e * 15 + 15)])
+             for e in range(2)]  # three buckets of 34, 34 and 33 problems: five batches each
+    for rows in fills:
+        count = np.bincount(rows, minlength=len(problems))
+        assert count.min() == 1 and count.sum() == 15 * size and count.max() <= 2  # the last batches are filled up
+    assert fills[0].tolist() != fills[1].tolist()
+
+
+def test_a_batch_is_a_function_of_seed_and_step(problems, toy_tokenizer):
+    fresh = Problems(problems.problems, toy_tokenizer, block_size=96)
+    for seed, step in ((0, 40), (1, 3), (0, 3), (0, 40), (1, 40)):  # in any order, with or without a history
+        a, b = problems.train_batch(step, 8, seed), fresh.train_batch(step, 8, seed)
+        assert a.rows.tolist() == b.rows.tolist()
+        fresh.epoch = None
+    assert problems.train_batch(3, 8, 0).rows.tolist() != problems.train_batch(3, 8, 1).rows.tolist()
+
+
+def test_ranks_share_one_global_batch(problems):
+    whole = problems.train_batch(5, 8, 0)
+    parts = [problems.train_batch(5, 8, 0, rank, 2) for rank in range(2)]
+    assert sorted(np.concatenate([p.rows for p in parts])) == sorted(whole.rows)
+    assert all(encoder_layout(p, 2, 0).ids.shape[1] == encoder_layout(whole, 2, 0).ids.shape[1] for p in parts)
+
+
+def test_few_fixed_widths(problems, toy_tokenizer):
+    for layout in (explicit_layout, lambda b: encoder_layout(b, 2, toy_tokenizer.sum), lambda b: llm_layout(b, 2),
+                   lambda b: llm_layout(b, 2, text=False)):
+        seqs = [layout(problems.train_batch(step, 8, 0)) for step in range(45)]
+        assert len({tuple(t.shape for t in seq) for seq in seqs}) <= len(problems.buckets)
+
+
+def test_a_batch_holds_the_problems_it_names(problems, toy_tokenizer):
+    t = toy_tokenizer
+    for batch in (problems.train_batch(1, 8, 0), *problems.eval_batches(40)):
+        for b, row in enumerate(batch.rows):
+            p = problems.problems[row]
+            assert batch.x[b, :batch.nx[b]].tolist() == t.encode(p["question"]) + [t.bot]
+            assert batch.s[b, :batch.ns[b]].tolist() == t.encode(p["chain"])
+            assert batch.a[b, :batch.na[b]].tolist() == [t.eot] + t.encode("#### " + p["answer"]) + [t.eos]
+
+
+def test_evaluation_meets_every_problem_once(problems):
+    assert sorted(np.concatenate([b.rows for b in problems.eval_batches(16)])) == list(range(101))
+    assert sorted(np.concatenate([b.rows for b in problems.eval_batches(16, limit=20)])) == list(range(20))
+
+
+def test_what_is_too_long_is_dropped_and_counted(problems, toy_tokenizer):
+    length = problems.x.length + problems.s.length + problems.a.length
+    longest = int(length.max())
+    fewer = Problems(problems.problems, toy_tokenizer, longest - 1)
+    assert fewer.dropped == (length == longest).sum() > 0 and len(fewer) + fewer.dropped == 101
+    assert Problems(problems.problems, toy_tokenizer, longest).dropped == 0
+    assert fewer.fingerprint != problems.fingerprint
+    with pytest.raises(UserError, match="all 101 are longer"):
+        Problems(problems.problems, toy_tokenizer, 5)
