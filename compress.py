@@ -93,8 +93,8 @@ def main(argv=None):
         values, ids = (np.load(folder / f"{name}.npy", mmap_mode="r+", allow_pickle=False) for name in ("values", "ids"))
     else:
         (folder / "meta.json").unlink(missing_ok=True)  # no meta, no store: it comes last
-        values = create(folder / "values.npy", np.float32, (int(offsets[-1]), K))
-        ids = create(folder / "ids.npy", np.int32, (int(offsets[-1]), K))
+        size = (max(1, int(offsets[-1])), K)  # without any chain of thought: one row, read as padding
+        values, ids = create(folder / "values.npy", np.float32, size), create(folder / "ids.npy", np.int32, size)
         common.write(folder / "offsets.npy", lambda f: np.save(f, offsets, allow_pickle=False))
 
     # one pass over the data
