@@ -160,6 +160,16 @@ def parse_aug(line, cot):
     return problem(question, rest, cot)
 
 
+def parse_solved(line, cot):
+    """A line of example_model_solutions.jsonl: (question, the chains of the models' right solutions)."""
+    try:
+        row = json.loads(line)
+        texts = [m["solution"] for m in row.values() if isinstance(m, dict) and m["is_correct"]]
+        return row["question"].strip(), [problem(row["question"], s.replace("\nA:", "####"), cot)["chain"] for s in texts]
+    except (LookupError, TypeError, AttributeError):
+        raise ValueError("expected 'question' and solutions with 'is_correct' and 'solution'")
+
+
 def problem(question, text, cot):
     solution, hashes, answer = text.rpartition("####")
     if not question.strip():
