@@ -5,8 +5,8 @@
 
 report.json (shares are 0 … 1; lists go by position, K, k or i; null: not trained, or not defined here):
     accuracy, interval (95 %), steps, seconds, unparseable, capped (problems)     {explicit, no_cot, latent, gold}
-    controls      own, zeroed, shuffled, random: accuracy when the chain is given so, interval; donor: the shuffled that
-                  give the other problem's answer; cut {problems, k, accuracy}: z_0 … z_{k-1} alone
+    controls      accuracy, interval {own, zeroed, shuffled, random}: of the latent model when its chain is given so; donor:
+                  the shuffled that give the other problem's answer; cut {problems, k, accuracy}: z_0 … z_{k-1} alone
     continuation  {problems, i, accuracy, next_chunk}: z_0 … z_{i-1} given, the rest written as text: right answers, and
                   problems in which S_i comes next, token for token
     ecr           K; encoder, latent: {own, chance, maximum}
@@ -24,16 +24,17 @@ import numpy as np
 import torch
 
 import common
-from data import Problems, Ragged, UserError, fetch, problem, read, to_number
-from encoder import chunks, decode, encoder_layout, place, summarize, superpose
+from data import Problems, Ragged, UserError, fetch, parse_solved, read, to_number
+from encoder import chunks, encoder_layout, evaluate, place, summarize, superpose
 from train_sup import bags
 
 KS = (1, 2, 5, 10, 50, 100, 300)  # ECR@K; the largest is also how much of each α is kept
 TOP, FLOOR = 100, 1e-6            # entries of α that count for a path; the mass of a span that has none of them
 COVER = 0.05                      # a span is covered where each of its tokens has this much (two paths, c = 4: 0.125)
-FEW, POINTS, SHOWN = 256, 25, 12  # for curves that decode anew at every point: problems, points; problems in the page
+FEW, POINTS, SHOWN = 128, 25, 12  # for curves that decode anew at every point: problems, points; problems in the page
 WAYS = {"explicit": ("Explicit chain of thought", "sft", "text"), "no_cot": ("No chain of thought", "no_cot", "text"),
         "latent": ("Latent chain", "latent", "latent"), "gold": ("Summaries by the encoder", "sup", "gold")}
+FIGURES = ("accuracy", "interval", "steps", "seconds", "unparseable", "capped")
 
 
 # ---------------------------------------------------------------------- metrics: pure functions of tensors (DESIGN 7)
@@ -54,11 +55,6 @@ def mean(x):
     return x.mean().item() if len(x) else None
 
 
-def distinct(tokens):
-    """The first of each token in a span: int (..., W) -> bool (..., W)."""
-    return (tokens >= 0) & ~(tokens[..., :, None] == tokens[..., None, :]).tril(-1).any(-1)
-
-
 def weight(values, ids, tokens):
     """α of these tokens, 0 past its K entries: (..., K), (..., K), int (..., W) -> float32 (..., W)."""
     return ((ids[..., None, :] == tokens[..., :, None]) * values[..., None, :]).sum(-1)
@@ -66,19 +62,13 @@ def weight(values, ids, tokens):
 
 def ecr(ids, bag, real, ks):
     """ECR@K: tokens of S_i among the top K of α_i, mean over latents, a list over ks. bag int (R, N, c): the chunks."""
-    match = (ids[:, :, None, :] == bag[..., None])[real]  # (latents, c, K)
+    match = ((ids[:, :, None, :] == bag[..., None]) & (bag >= 0)[..., None])[real]  # (latents, c, K)
     return [mean(match[..., :k].any(2).sum(1).double()) for k in ks]
 
 
-def ecr_maximum(bag, real, ks):
-    """The largest ECR@K possible: K ids cover no more than a chunk's K most frequent tokens."""
-    times = ((bag[..., :, None] == bag[..., None, :]).sum(-1) * distinct(bag))[real]  # (latents, c)
-    return [mean(times.sort(1, descending=True)[0][:, :k].sum(1).double()) for k in ks]
-
-
 def spans(tokens, length, n, c, N):
-    """A path in as many spans as there are latents: its chunks where that is their number, else equal parts of a token
-    at least. tokens int64 (..., L), length, n int64 (...) -> int64 (..., N, W)."""
+    """A path in as many spans as there are latents, as sets: its chunks where that is their number, else equal parts of
+    a token at least. tokens int64 (..., L), length, n int64 (...) -> int64 (..., N, W)."""
     t, n, length = torch.arange(N + 1), n[..., None], length[..., None]
     fits = chunks(length, c) == n
     edge = -(-t * torch.where(fits, c, length) // torch.where(fits, 1, n.clamp(min=1)))  # (..., N + 1): ⌈t · L / n⌉
@@ -86,21 +76,21 @@ def spans(tokens, length, n, c, N):
     end = edge[..., 1:].maximum(start + 1).minimum(length).where(t[:-1] < n, start)      # (..., N)
     at = start[..., None] + torch.arange(max(1, int((end - start).max())))               # (..., N, W)
     span = tokens[..., None, :].expand(*at.shape[:-1], -1).gather(-1, at.clamp(max=tokens.size(-1) - 1))
-    return span.where(at < end[..., None], -1)
+    again = (span[..., :, None] == span[..., None, :]).tril(-1).any(-1)
+    return span.where((at < end[..., None]) & ~again, -1)
 
 
 def parallelism(values, ids, path, n):
-    """(N_eff, covered), how many of its paths a chain follows: float (R,) each. path int64 (R, M, N, W): the spans.
+    """(N_eff, covered), how many of its paths a chain follows: float (R,) each. path int64 (R, M, N, W): from `spans`.
 
     N_eff = exp(H(softmax_m score_m)), score_m = mean_t log Σ_{v ∈ S_mt} α_t[v]: one path followed makes 1, M alike
     make M, and so do M of which none is. covered = the different spans covered at t, mean over the t where the paths
     differ (NaN without any): one path followed makes 1, none makes 0.
     """
-    w, fresh, M = weight(values[:, None], ids[:, None], path), distinct(path), path.size(1)    # (R, M, N, W) each
+    w, tokens, M = weight(values[:, None], ids[:, None], path), path.sort(3)[0], path.size(1)  # (R, M, N, W)
     real, known = torch.arange(path.size(2)) < n[:, None], (path >= 0).flatten(2).any(2)       # (R, N), (R, M)
-    score = (w * fresh).sum(3).clamp(min=FLOOR).log().where(real[:, None], 0).sum(2) / n[:, None]
+    score = w.sum(3).clamp(min=FLOOR).log().where(real[:, None], 0).sum(2) / n[:, None]
     n_eff = torch.special.entr(score.masked_fill(~known, -math.inf).softmax(1)).sum(1).exp()
-    tokens = path.where(fresh, -1).sort(3)[0]
     same = (tokens[:, :, None] == tokens[:, None]).all(4)                                      # (R, M, M, N)
     first = ~(same & torch.ones(M, M).tril(-1).bool()[:, :, None]).any(2) & known[:, :, None]  # (R, M, N)
     differ = (first.sum(1) > 1) & real
@@ -111,7 +101,7 @@ def parallelism(values, ids, path, n):
 def orders(values, ids, path):
     """α on each path's own tokens, those of no other path in that span: (R, M, N); NaN where a path has none."""
     shared = (path[:, :, None, :, :, None] == path[:, None, :, :, None, :]).any(5)  # (R, M, M, N, W)
-    own = distinct(path) & ~(shared & ~torch.eye(path.size(1)).bool()[:, :, None, None]).any(2)
+    own = (path >= 0) & ~(shared & ~torch.eye(path.size(1)).bool()[:, :, None, None]).any(2)
     mass = (weight(values[:, None], ids[:, None], path) * own).sum(3)
     return mass.masked_fill(~own.any(3).all(1)[:, None], math.nan)
 
@@ -130,64 +120,60 @@ def shape(lat):
 @torch.no_grad()
 def observe(llm, env, top_k, R, encoder=None):
     """The chains of R problems, those the LLM thinks or, with an `encoder`, what that makes of the true chains:
-    n (R,), values, ids (R, N, K), entropy (R, N), z (R, N, C), and the texts the LLM answers."""
-    t, texts = env.tokenizer, [""] * R
+    n (R,), values, ids (R, N, K), entropy (R, N), z (R, N, C), and the answers."""
     n = torch.from_numpy(chunks(env.test.s.length[:R], env.c) if encoder else np.zeros(R, int))
-    N, K = max(env.caps[0], int(n.max()), 1), min(max(KS), t.n_ordinary)
+    N, K = max(env.caps[0], int(n.max())), min(max(KS), env.tokenizer.n_ordinary)
     kept = {"values": torch.zeros(R, N, K), "ids": torch.zeros(R, N, K, dtype=torch.int32),
             "entropy": torch.zeros(R, N), "z": torch.zeros(R, N, llm.config.n_embd)}
 
-    def keep(rows, step, alpha):
+    def keep(rows, t, alpha):  # alpha (..., V) of the problems `rows` at positions t
         new = *alpha.topk(K), torch.special.entr(alpha).sum(-1), superpose(alpha, llm.wte.weight, top_k)
         for array, value in zip(kept.values(), new):
-            array[rows, step] = value.to("cpu", array.dtype)
+            array[rows, t] = value.to("cpu", array.dtype)
 
-    for batch in env.test.eval_batches(-(-env.size // 8) if encoder else env.size, R):  # (B, N, V): large for GPT-2's V
-        rows, x, nx = (torch.from_numpy(a) for a in (batch.rows, batch.x, batch.nx))
+    def watch(batch, step, q, on):
+        rows = torch.from_numpy(batch.rows)[on.cpu()]
+        keep(rows, step, q[on])
+        n[rows] = step + 1
+
+    answers = scored(llm, env, R, "latent", top_k, watch=watch)["answers"] if not encoder else {}
+    for batch in env.test.eval_batches(-(-env.size // 8), R) if encoder else ():  # few: (B, N, V) is large for GPT-2's V
         with env.autocast():
-            if encoder:
-                alpha = summarize(encoder, encoder_layout(batch, env.c, t.sum).to(env.device), t.n_ordinary)[:, :N]
-                keep(rows[:, None], torch.arange(alpha.size(1)), alpha)
-                continue
-            out = decode(llm, t, llm.wte(x.to(env.device)), nx.to(env.device), True, top_k, *env.caps,
-                         watch=lambda step, q, on: keep(rows[on.cpu()], step, q[on]))
-        n[rows] = out.latents.cpu()
-        for row, tokens in zip(batch.rows, out.tokens):
-            texts[row] = t.decode(tokens).removeprefix("<eot>")
-    return SimpleNamespace(n=n, texts=texts, **{name: array[:, :max(1, int(n.max()))] for name, array in kept.items()})
+            seq = encoder_layout(batch, env.c, env.tokenizer.sum).to(env.device)
+            alpha = summarize(encoder, seq, env.tokenizer.n_ordinary)[:, :N]
+        keep(torch.from_numpy(batch.rows)[:, None], torch.arange(alpha.size(1)), alpha)
+    return SimpleNamespace(n=n, answers=answers, **{name: array[:, :max(1, int(n.max()))] for name, array in kept.items()})
 
 
-@torch.no_grad()
-def write_on(llm, env, z, n, end=True):
-    """What the LLM writes after X <bot> z_0 … z_{n-1} (end: and <eot>): R token lists. z (R, N, C), n (R,)."""
-    written = [None] * len(n)
-    for batch in env.test.eval_batches(env.size, len(n)):
+def scored(llm, env, R, thought="text", top_k=0, **options):
+    return evaluate(llm, env.test, env, thought, env.caps, chunk_size=env.c, top_k=top_k, limit=R, batch_size=env.size, **options)
+
+
+def given(llm, env, z, n, end=True):
+    """The LLM writes on after X <bot> z_0 … z_{n-1} (end: and <eot>): {row: (text, right)}. z (R, N, C), n (R,)."""
+    def prompt(batch):
         rows, nx = torch.from_numpy(batch.rows), torch.from_numpy(batch.nx)[:, None]
         k = n[rows, None].minimum(llm.config.block_size - 1 - nx)  # (B, 1)
         at = torch.arange(int((nx + k).max()) + 1) - nx            # (B, T): 0 where z_0 stands
         ids = torch.from_numpy(env.test.x.pad(batch.rows, at.size(1))).masked_fill(at == k, env.tokenizer.eot)
-        latent = (at + 1).where((at >= 0) & (at < k), 0)
-        with env.autocast():
-            x = place(llm.wte(ids.to(env.device)), z[rows].to(env.device), latent.to(env.device))
-            out = decode(llm, env.tokenizer, x, (nx + k + end)[:, 0].to(env.device), max_tokens=env.caps[1])
-        for row, tokens in zip(batch.rows, out.tokens):
-            written[row] = tokens
-    return written
+        latent = (at + 1).where((at >= 0) & (at < k), 0).to(env.device)
+        return place(llm.wte(ids.to(env.device)), z[rows].to(env.device), latent), (nx + k + end)[:, 0].to(env.device)
+    return scored(llm, env, len(n), prompt=prompt)["answers"]
 
 
 def prefixes(llm, env, lat, end=True):
-    """(k, what it writes after z_0 … z_{k-1}), k = 0 … N or POINTS of them, for the first FEW problems."""
+    """(k, {row: (text, right)} after z_0 … z_{k-1}), k = 0 … N or POINTS of them, for the first FEW problems."""
     n = lat.n[:FEW]
-    ks = np.unique(np.linspace(0, n.max(), POINTS).round().astype(int)).tolist()
-    return ks, [write_on(llm, env, lat.z[:FEW], n.clamp(max=k), end) for k in ks]
-
-
-def score(written, problems, env):
-    """The share of these answers (token lists) that is right."""
-    return mean(torch.tensor([to_number(env.tokenizer.decode(w)) == to_number(p["answer"]) for w, p in zip(written, problems)]))
+    ks = np.linspace(0, int(n.max()), min(POINTS, int(n.max()) + 1)).round().astype(int).tolist()
+    return ks, [given(llm, env, lat.z[:FEW], n.clamp(max=k), end) for k in ks]
 
 
 # ---------------------------------------------------------------------------------------------- the report's sections
+
+def share(answers):
+    """The share of {row: (text, right)} that is right."""
+    return sum(right for _, right in answers.values()) / len(answers)
+
 
 def measure_controls(llm, env, lat):
     """Accuracy of the latent model when its chain is given to it: its own, or one that holds less."""
@@ -195,47 +181,45 @@ def measure_controls(llm, env, lat):
     tokens = np.random.default_rng([env.config["seed"], 7]).integers(env.tokenizer.n_ordinary, size=lat.z.shape[:2])
     chains = {"own": (lat.z, lat.n), "zeroed": (0 * lat.z, lat.n), "shuffled": (lat.z.roll(1, 0), lat.n.roll(1)),
               "random": (llm.wte.weight.detach().cpu()[torch.from_numpy(tokens)], lat.n)}
-    written = {name: write_on(llm, env, *chain) for name, chain in chains.items()}
-    found = {name: score(w, problems, env) for name, w in written.items()}
-    return found | {"interval": {name: wilson(right * R, R) for name, right in found.items()},
-                    "donor": score(written["shuffled"], [problems[R - 1], *problems[:R - 1]], env),
-                    "cut": {"problems": min(R, FEW), "k": ks, "accuracy": [score(w, problems, env) for w in cut]}}
+    found = {name: given(llm, env, *chain) for name, chain in chains.items()}
+    donor = sum(to_number(text) == to_number(problems[(row or R) - 1]["answer"]) for row, (text, _) in found["shuffled"].items())
+    return {"accuracy": {name: share(a) for name, a in found.items()}, "donor": donor / R,
+            "interval": {name: wilson(share(a) * R, R) for name, a in found.items()},
+            "cut": {"problems": len(cut[0]), "k": ks, "accuracy": [share(a) for a in cut]}}
 
 
 def measure_continuation(llm, env, lat):
     """The LLM of phase 1 gets z_0 … z_{i-1} for the first i chunks (or all there are) and writes the rest as text."""
-    points, texts = prefixes(llm, env, lat, end=False)
-    chains = [env.test.s.flat[a:a + l].tolist() for a, l in zip(env.test.s.start[:len(texts[0])], env.test.s.length)]
-    exact = [[w[:len(s)] == s for w, s in zip(written, [s[i * env.c:][:env.c] for s in chains]) if s]
-             for i, written in zip(points, texts)]
-    return {"problems": len(chains), "i": points, "accuracy": [score(w, env.test.problems, env) for w in texts],
+    points, found = prefixes(llm, env, lat, end=False)
+    chunk = lambda row, i: env.test.s.flat[env.test.s.start[row] + i * env.c:env.test.s.start[row + 1]][:env.c].tolist()
+    exact = [[text.startswith(env.tokenizer.decode(chunk(row, i))) for row, (text, _) in answers.items() if i < lat.n[row]]
+             for i, answers in zip(points, found)]
+    return {"problems": len(found[0]), "i": points, "accuracy": [share(answers) for answers in found],
             "next_chunk": [mean(torch.tensor(e)) for e in exact]}
 
 
 def measure_ecr(lat, bag, ks):
-    """ECR of a chain against the problem's chunks, bag (R, N, c), and against the next problem's: chance."""
+    """ECR of a chain with the problem's chunks, bag (R, N, c); with the next problem's: chance; with α put on the
+    chunk's most frequent tokens: the maximum."""
     N, count = min(lat.ids.size(1), bag.size(1)), (bag[:, :, 0] >= 0).sum(1)
     real = torch.arange(N) < lat.n.minimum(count)[:, None]
     at = torch.arange(N) % count.roll(1).clamp(min=1)[:, None]  # (R, N): from the start again where its chain is shorter
-    other = bag.roll(1, 0).gather(1, at[:, :, None].expand(-1, -1, bag.size(2)))
-    ids, bag = lat.ids[:, :N], bag[:, :N]
-    return {"own": ecr(ids, bag, real, ks), "chance": ecr(ids, other, real, ks), "maximum": ecr_maximum(bag, real, ks)}
+    other, bag = bag.roll(1, 0).gather(1, at[:, :, None].expand(-1, -1, bag.size(2))), bag[:, :N]
+    same = bag[..., :, None] == bag[..., None, :]  # (R, N, c, c)
+    best = bag.gather(2, (same.sum(3) * ~same.tril(-1).any(3)).argsort(2, descending=True))
+    return {name: ecr(ids, tokens, real, ks) for name, ids, tokens in (
+        ("own", lat.ids[:, :N], bag), ("chance", lat.ids[:, :N], other), ("maximum", best, bag))}
 
 
 def all_paths(args, problems):
     """Each problem's different chains known to be right: the toy task's own, or those published for GSM8K."""
-    def published(line, cot):
-        row = json.loads(line)
-        return row["question"].strip(), [problem(row["question"], *m["solution"].rpartition("\nA:")[::2], cot)["chain"]
-                                         for m in row.values() if isinstance(m, dict) and m["is_correct"]]
-    file = Path(args.data_dir or "data/gsm8k" if args.data == "gsm8k" else args.data) / "example_model_solutions.jsonl"
+    file, known = Path(args.data_dir or "data/gsm8k" if args.data == "gsm8k" else args.data) / "example_model_solutions.jsonl", {}
     try:
         if args.data == "gsm8k":
             fetch(file)
-        known = {} if args.data == "toy" else dict(read(file, published, args.cot))
-    except (UserError, LookupError, TypeError) as error:
-        print(f"parallelism: only the given chains, for want of others ({error})")
-        known = {}
+        known = {} if args.data == "toy" else dict(read(file, parse_solved, args.cot))
+    except UserError as error:
+        print(f"parallelism: left out, no other chains are known ({error})")
     return [p.get("paths") or [s for s in dict.fromkeys([p["chain"], *known.get(p["question"], [])]) if s] for p in problems]
 
 
@@ -269,3 +253,159 @@ def measure_parallelism(env, lats, paths):
 
 
 # ------------------------------------------------------------------------------------------------------- the picture
+
+STYLE = """
+:root{color-scheme:light dark;--ink:#1d2330;--soft:#667085;--line:#e3e6ec;--page:#fff;--card:#f6f7f9;--c0:#2f6fdb;--c1:#c9731f;--c2:#23885a}
+@media(prefers-color-scheme:dark){:root{--ink:#e4e7ee;--soft:#98a2b3;--line:#2d3442;--page:#12151c;--card:#1a1f29;--c0:#6ea4ff;--c1:#f0a75a;
+--c2:#5cc998}}body{font:16px/1.55 system-ui,sans-serif;color:var(--ink);background:var(--page);max-width:60rem;margin:auto;padding:1rem 1rem 4rem}
+h1{font-size:1.5rem}h2{font-size:1.15rem;margin:2.6rem 0 .4rem}p,small,figcaption{color:var(--soft);max-width:44rem}.wide{overflow-x:auto}
+table{border-collapse:collapse;font-variant-numeric:tabular-nums;font-size:.92rem}th{font-weight:500;color:var(--soft)}figure{margin:0}
+td,th{padding:.35rem .8rem;border-bottom:1px solid var(--line);text-align:right;white-space:nowrap}tr>:first-child{text-align:left;padding-left:0}
+.charts{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,24rem),1fr));gap:1.4rem;margin:1.4rem 0}figcaption b{margin-right:.9rem}
+svg{width:100%;height:auto}svg text{font-size:11px;fill:var(--soft)}svg line{stroke:var(--line)}svg polyline{fill:none;stroke-width:2}
+details{border-bottom:1px solid var(--line);padding:.6rem 0}summary{cursor:pointer}summary b{color:var(--c2)}summary b.no{color:var(--c1)}
+.strip{display:flex;gap:4px;overflow-x:auto;padding:.2rem 0 .8rem;font:12px/1.7 ui-monospace,monospace}.strip div{flex:0 0 4.8rem;background:var(--card)}
+.strip b,.strip span{display:flex;justify-content:space-between;padding:0 .3rem;white-space:pre;overflow:hidden}.strip b{border-bottom:1px solid var(--line)}
+"""
+
+
+def table(columns):
+    """{head: {row: figure}} as HTML; a list is an interval, None a dash."""
+    text = lambda x: (" – ".join(map(text, x)) if isinstance(x, list) else "–" if x is None else
+                      f"{x:.{1 if abs(x) >= 10 else 3}f}" if isinstance(x, float) else escape(str(x)))
+    html = "<tr><th>" + "".join(f"<th>{escape(head)}" for head in columns)
+    for row in next(iter(columns.values())):
+        html += f"<tr><td>{escape(str(row))}" + "".join(f"<td>{text(column[row])}" for column in columns.values())
+    return f'<div class="wide"><table>{html}</table></div>'
+
+
+def chart(title, note, x, series, top=None):
+    """A line chart. series {name: as many figures as x, None where there is none}; top: of the axis."""
+    ys = [y for ys in series.values() for y in ys if y is not None] or [0]
+    top = top or next(a * 10.0 ** e for e in range(-3, 7) for a in (1, 2, 4, 8) if a * 10.0 ** e >= max(map(abs, ys)))
+    low = -top if min(ys) < 0 else 0
+    px, py = (lambda v: 36 + 316 * (v - x[0]) / (x[-1] - x[0] or 1)), (lambda v: 172 - 160 * (v - low) / (top - low))
+    art = "".join(f'<line x1="36" x2="352" y1="{py(y)}" y2="{py(y)}"/><text x="30" y="{py(y) + 4}" text-anchor="end">{y:g}</text>'
+                  for y in np.linspace(low, top, 5).tolist())
+    art += "".join(f'<text x="{px(v):.0f}" y="190" text-anchor="middle">{v}</text>' for v in x[::-(-len(x) // 7)])
+    for i, ys in enumerate(series.values()):
+        dots = [(f"{px(a):.1f}", f"{py(y):.1f}") for a, y in zip(x, ys) if y is not None]
+        art += f'<polyline stroke="var(--c{i})" points="{" ".join(map(",".join, dots))}"/>'
+        art += "".join(f'<circle cx="{a}" cy="{b}" r="2.5" fill="var(--c{i})"/>' for a, b in dots)
+    names = "".join(f'<b style="color:var(--c{i})">{name}</b>' for i, name in enumerate(series))
+    return f'<figure><strong>{title}</strong><svg viewBox="0 0 360 196">{art}</svg><figcaption>{names}{note}</figcaption></figure>'
+
+
+def heaviest(lat, row, tokenizer):
+    """Of each latent of a chain its five heaviest tokens, [(text, weight)]; a space shows as ·."""
+    return [[(tokenizer.decode([i]).replace(" ", "·"), w) for i, w in zip(*pair)] for pair in zip(
+        lat.ids[row, :lat.n[row], :5].tolist(), lat.values[row, :, :5].tolist())]
+
+
+def picture(lats, row, p, tokenizer, bag):
+    """A problem, folded: question, answers, and each chain as columns, one a latent, the tokens shaded by weight."""
+    text, right = lats["latent"].answers[row]
+    html = (f"<details><summary>{'<b>✓</b>' if right else '<b class=no>✗</b>'} {escape(p['question'])}</summary><p>{escape(p['chain'])} "
+            f"#### {escape(p['answer'])}<br>the model: {escape(text.removeprefix('<eot>'))}</p>")
+    for name, lat in lats.items():
+        html += f'<small>{name}</small><div class="strip">'
+        for t, tokens in enumerate(heaviest(lat, row, tokenizer)):
+            chunk = tokenizer.decode([i for i in bag[row, t].tolist() if i >= 0] if t < bag.size(1) else []).replace(" ", "·")
+            html += f"<div><b>{escape(chunk) or '–'}<small>{t + 1}</small></b>" + "".join(
+                f'<span style="background:rgba(70,120,230,{0.6 * w:.2f})">{escape(token)}<small>{100 * w:.0f}</small></span>'
+                for token, w in tokens) + "</div>"
+        html += "</div>"
+    return html + "</details>"
+
+
+def page(r, pictures):
+    """report.html: one file, no script, no request. r: the report; pictures: the problems."""
+    con, go, par, form, kinds = r["controls"], r["continuation"], r["parallelism"], r["shape"], ("encoder", "latent")
+    charts, upto = lambda *art: f'<div class="charts">{"".join(art)}</div>', lambda ys: list(range(1, 1 + len(ys)))
+    lost = (f"costs {100 * (con['accuracy']['own'] - con['accuracy']['shuffled']):.0f} points"
+            if con["interval"]["shuffled"][1] < con["interval"]["own"][0] else "does as well: the latents do nothing here")
+    body = [f"<h1>Latent reasoning on {escape(r['config']['data'])}</h1><p>{r['config']['problems']} test problems, chunks of "
+            f"{r['config']['chunk_size']} tokens. A step is one forward pass between question and answer.</p>",
+            table({key: {label: r[key][way] for way, (label, *_) in WAYS.items()} for key in FIGURES}),
+            f"<h2>Do the latents do the work?</h2><p>The model answers after a chain that it is handed. Another problem’s chain {lost}; "
+            f"{100 * con['donor']:.0f} % then give that problem’s answer.</p>", table({key: con[key] for key in ("accuracy", "interval")}),
+            charts(chart("The chain cut to k latents", f"by k, {con['cut']['problems']} problems", con["cut"]["k"],
+                         {"accuracy": con["cut"]["accuracy"]}, 1),
+                   chart("i chunks as latents, the rest as text", f"by i, {go['problems']} problems, the LLM of phase 1", go["i"],
+                         {"answer": go["accuracy"], "next chunk": go["next_chunk"]}, 1)),
+            "<h2>What a latent holds: ECR@K</h2><p>How many tokens of its chunk are among the top K of α. Chance: another problem’s "
+            "chunk. The paper, Llama-1B, c = 2 and 4: 1.169 and 2.385 at K = 50, 1.866 and 3.640 at K = 300.</p>",
+            table({f"{w}, {f}": dict(zip(r["ecr"]["K"], r["ecr"][w][f])) for w in kinds for f in r["ecr"][w]})]
+    if par:
+        body += [f"<h2>Parallel paths</h2><p>{par['problems']} problems with {par['paths']:.2f} valid paths on average. N_eff: how many "
+                 "are followed alike, be it well or not at all, so that random paths stand beside it. Covered: how many are there "
+                 "where they differ; 1 is one path. The paper: N_eff 3.60 at c = 2, 4.61 at c = 4.</p>", table({w: dict(sorted(par[w].items())) for w in kinds}),
+                 charts(*(chart(f"{w}: mass on the tokens of one order", "by latent", upto([y for y in o["leading"] if y is not None]),
+                                {**{f"order {m + 1}": ys for m, ys in enumerate(o["mass"])}, "share of the larger": o["leading"]}, 1)
+                          for w, o in (par["orders"] or {}).items()))]
+    norms = "of tokens: {low:.2f} – {high:.2f}, mean {mean:.2f}".format(**form["token_norm"])
+    body += ["<h2>Shape of the latents</h2>", charts(*(
+        chart(title, note, upto(max((form[w][f] for w in kinds), key=len)), {w: form[w][f] for w in kinds}) for f, title, note in (
+            ("entropy", "Entropy of α in nats", "by latent"), ("top1", "Weight of the heaviest token", "by latent"),
+            ("norm", "Norm of z", norms), ("cosine", "Cosine of successive z", "by latent")))),
+        "<h2>Problems</h2><p>A column is a latent: the chunk that it stands for, and its heaviest tokens in percent.</p>", *pictures]
+    return ('<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">'
+            f"<title>Latent reasoning</title><style>{STYLE}</style><body>{''.join(body)}</body></html>")
+
+
+def main(argv=None):
+    p = common.parser(__doc__, "analyze")
+    p.add_argument("--limit", type=int, help="how many test problems (default: all)")
+    p.add_argument("--ask", metavar="QUESTION", help="answer this question in latents and show each of them")
+    p.set_defaults(batch_size=128)
+    args, env = common.setup(p, "analyze", argv)
+    sup, latent = env.parent, common.load_checkpoint(args.out / "latent.pt")
+    common.require_same(args.out / "latent.pt", latent["config"], fingerprint=sup["config"]["fingerprint"])
+    llm, llm1, encoder = (common.build(m, name, env.device) for m, name in ((latent, "llm"), (sup, "llm"), (sup, "encoder")))
+    top_k = {"text": 0, "latent": latent["config"]["store_top_k"], "gold": sup["config"]["top_k"]}
+    env.c, env.caps, env.size, env.test = args.chunk_size, latent["config"]["caps"], args.batch_size, None
+    if args.ask is not None:
+        env.test = Problems([{"question": args.ask, "chain": "", "answer": "0"}], env.tokenizer, args.block_size)
+        lat = observe(llm, env, top_k["latent"], 1)
+        for i, tokens in enumerate(heaviest(lat, 0, env.tokenizer)):
+            print(f"z_{i:<3}" + "  ".join(f"{' ░▒▓█'[math.ceil(4 * w - 0.2)]} {token[:8]:8} {w:.2f}" for token, w in tokens))
+        return print(lat.answers[0][0].removeprefix("<eot>"))
+
+    # every way to think, on the same problems
+    train, env.test = common.splits(args, env, ["train", "test"])
+    common.require_same(args.out / "sup.pt", sup["config"], fingerprint=train.fingerprint)
+    R = min(len(env.test), args.limit or len(env.test))
+    report = {key: dict.fromkeys(WAYS) for key in FIGURES}
+    for way, (label, file, thought) in WAYS.items():
+        if not (args.out / f"{file}.pt").is_file():
+            print(f"{label}: left out, there is no {args.out / file}.pt")
+            continue
+        model = common.build(common.load_checkpoint(args.out / f"{file}.pt"), "llm", env.device)
+        found = scored(model, env, R, thought, top_k[thought], encoder=encoder)
+        found["interval"] = wilson(found["accuracy"] * R, R)
+        print(f"{label:26} accuracy {found['accuracy']:.3f}, steps {found['steps']:.1f}, {found['seconds']:.1f} s")
+        for key in FIGURES:
+            report[key][way] = found[key]
+
+    # what the latents hold, and whether they matter
+    lats = {"encoder": observe(llm1, env, top_k["gold"], R, encoder), "latent": observe(llm, env, top_k["latent"], R)}
+    bag = bags(env.test.batch(np.arange(R), np.arange(R)), env.c)  # (R, N, c)
+    norm = llm.wte.weight.detach()[:env.tokenizer.n_ordinary].float().norm(dim=1).cpu()
+    ks = [k for k in KS if k <= env.tokenizer.n_ordinary]
+    report |= {"config": {k: env.config[k] for k in ("data", "chunk_size", "seed", "commit", "torch")} | {"problems": R},
+               "controls": measure_controls(llm, env, lats["latent"]),
+               "continuation": measure_continuation(llm1, env, lats["encoder"]),
+               "ecr": {"K": ks, **{name: measure_ecr(lat, bag, ks) for name, lat in lats.items()}},
+               "parallelism": measure_parallelism(env, lats, all_paths(args, env.test.problems[:R])),
+               "shape": {"token_norm": {"low": norm.quantile(0.05).item(), "mean": mean(norm), "high": norm.quantile(0.95).item()},
+                         **{name: shape(lat) for name, lat in lats.items()}}}
+    report = json.loads(json.dumps(report), parse_float=lambda x: round(float(x), 4), parse_constant=lambda _: None)
+    shown = [row for ok in (True, False) for row in [r for r in range(R) if lats["latent"].answers[r][1] == ok][:SHOWN]]
+    pictures = [picture(lats, row, env.test.problems[row], env.tokenizer, bag) for row in shown]
+    common.write(args.out / "report.json", lambda f: f.write(json.dumps(report, indent=1).encode()))
+    common.write(args.out / "report.html", lambda f: f.write(page(report, pictures).encode()))
+    print(f"wrote {args.out / 'report.html'} and report.json")
+
+
+if __name__ == "__main__":
+    main()

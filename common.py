@@ -1,4 +1,4 @@
-"""What the phases share: flags and presets, device, checkpoints, the bookkeeping of a training loop, evaluation.
+"""What the phases share: flags and presets, device, checkpoints, the bookkeeping of a training loop.
 
 Nothing about latents is decided here. A phase is
 
@@ -11,7 +11,6 @@ Nothing about latents is decided here. A phase is
 """
 import argparse
 import contextlib
-import functools
 import hashlib
 import json
 import math
@@ -29,8 +28,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from data import Problems, Tokenizer, UserError, load, to_number
-from encoder import chunks, decode, llm_layout, encoder_layout, place, summarize, superpose
+from data import Problems, Tokenizer, UserError, load
 from model import GPT, GPT2, GPTConfig
 
 PRESETS = {  # the defaults that depend on --data; "gsm8k" is that of everything but the toy task
@@ -363,53 +361,7 @@ class Run:
                             optimizer=self.optimizer.state_dict())
 
 
-# --------------------------------------------------------------------------------------------- evaluation
-
-@torch.no_grad()
-def evaluate(llm, problems, env, thought, caps, encoder=None, chunk_size=0, top_k=0, limit=None, batch_size=256,
-             prompt=None, watch=None):
-    """Decode a split and score the answers.
-
-    thought  'text': the model writes on from X (explicit CoT, no-CoT); 'latent': it thinks in latents;
-             'gold': it is given the encoder's summaries of the true chain, and <eot>
-    caps     (latents, tokens)
-    prompt   called as prompt(batch): (x, length) as `decode` takes them, in place of X <bot>
-    watch    called as watch(batch, …) where `decode` calls its own
-    Returns accuracy, steps (mean between question and answer), capped, unparseable (counts), seconds, and answers,
-    {row: (text, right)}.
-    """
-    t, start, answers, steps, capped, unparseable = env.tokenizer, time.time(), {}, 0, 0, 0
-    for batch in problems.eval_batches(batch_size, limit):
-        with env.autocast():
-            if prompt:
-                x, length = prompt(batch)
-            elif thought == "gold":
-                x, length = gold_prompt(llm, encoder, batch, env, chunk_size, top_k)
-            else:
-                x, length = llm.wte(torch.from_numpy(batch.x).to(env.device)), torch.from_numpy(batch.nx).to(env.device)
-            out = decode(llm, t, x, length, thought == "latent", top_k, *caps, watch and functools.partial(watch, batch))
-        capped += int(out.capped.sum())
-        for row, tokens, latents in zip(batch.rows.tolist(), out.tokens, out.latents.tolist()):
-            text = t.decode(tokens)
-            number = to_number(text)
-            unparseable += number is None
-            answers[row] = (text, number == to_number(problems.problems[row]["answer"]))
-            if thought == "text":
-                latents = tokens.index(t.eot) if t.eot in tokens else len(tokens)
-            elif thought == "gold":
-                latents = int(chunks(problems.s.length[row], chunk_size))
-            steps += latents
-    n = len(answers)
-    return dict(accuracy=sum(right for _, right in answers.values()) / n, steps=steps / n, capped=capped,
-                unparseable=unparseable, seconds=time.time() - start, answers=answers)
-
-
-def gold_prompt(llm, encoder, batch, env, c, top_k):
-    """X <bot> z₀ … z_{n-1} <eot> as (embeddings, lengths): the true chain, summarized."""
-    enc, seq = encoder_layout(batch, c, env.tokenizer.sum).to(env.device), llm_layout(batch, c, text=False).to(env.device)
-    z = superpose(summarize(encoder, enc, env.tokenizer.n_ordinary), llm.wte.weight, top_k)
-    return place(llm.wte(seq.ids), z, seq.latent), torch.from_numpy(batch.nx).to(env.device) + seq.n + 1
-
+# ------------------------------------------------------------------------------------------- data and model
 
 def caps(train, c):
     """(latents, tokens): as long as the longest chain trained on, and a few tokens more for the answer."""

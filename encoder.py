@@ -11,12 +11,15 @@ layouts below say where each token is stored, and the masks what it sees.
 
     n = number of chunks, at most N in a batch     seg, latent, at, …: see Layout     other letters: model.py
 """
+import functools
+import time
 from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
+from data import to_number
 from model import KVCache
 
 # ------------------------------------------------------------------------------------------------- layouts
@@ -226,7 +229,7 @@ def summarize(encoder, enc, n_ordinary):
     return ordinary_softmax(encoder.head(hidden), n_ordinary)
 
 
-# ------------------------------------------------------------------------------------------------ decoding
+# --------------------------------------------------------------------------------- decoding and evaluation
 
 class Decoded(NamedTuple):
     tokens: list           # of each row, the ids written, special ones too, up to <|endoftext|>
@@ -286,3 +289,49 @@ def decode(llm, tokenizer, x, length, latent=False, top_k=0, max_latents=0, max_
         logits = llm.head(llm(x[:, None], pos, visible[:, None, :T + step + 1], cache))[:, 0]
     out = torch.stack(out, 1).tolist()
     return Decoded([[i for i in row if i >= 0 and i != t.eos] for row in out], latents, capped)
+
+
+@torch.no_grad()
+def evaluate(llm, problems, env, thought, caps, encoder=None, chunk_size=0, top_k=0, limit=None, batch_size=256,
+             prompt=None, watch=None):
+    """Decode a split and score the answers.
+
+    thought  'text': the model writes on from X (explicit CoT, no-CoT); 'latent': it thinks in latents;
+             'gold': it is given the encoder's summaries of the true chain, and <eot>
+    caps     (latents, tokens)
+    prompt   called as prompt(batch): (x, length) as `decode` takes them, in place of X <bot>
+    watch    called as watch(batch, …) where `decode` calls its own
+    Returns accuracy, steps (mean between question and answer), capped, unparseable (counts), seconds, and answers,
+    {row: (text, right)}.
+    """
+    t, start, answers, steps, capped, unparseable = env.tokenizer, time.time(), {}, 0, 0, 0
+    for batch in problems.eval_batches(batch_size, limit):
+        with env.autocast():
+            if prompt:
+                x, length = prompt(batch)
+            elif thought == "gold":
+                x, length = gold_prompt(llm, encoder, batch, env, chunk_size, top_k)
+            else:
+                x, length = llm.wte(torch.from_numpy(batch.x).to(env.device)), torch.from_numpy(batch.nx).to(env.device)
+            out = decode(llm, t, x, length, thought == "latent", top_k, *caps, watch and functools.partial(watch, batch))
+        capped += int(out.capped.sum())
+        for row, tokens, latents in zip(batch.rows.tolist(), out.tokens, out.latents.tolist()):
+            text = t.decode(tokens)
+            number = to_number(text)
+            unparseable += number is None
+            answers[row] = (text, number == to_number(problems.problems[row]["answer"]))
+            if thought == "text":
+                latents = tokens.index(t.eot) if t.eot in tokens else len(tokens)
+            elif thought == "gold":
+                latents = int(chunks(problems.s.length[row], chunk_size))
+            steps += latents
+    n = len(answers)
+    return dict(accuracy=sum(right for _, right in answers.values()) / n, steps=steps / n, capped=capped,
+                unparseable=unparseable, seconds=time.time() - start, answers=answers)
+
+
+def gold_prompt(llm, encoder, batch, env, c, top_k):
+    """X <bot> z₀ … z_{n-1} <eot> as (embeddings, lengths): the true chain, summarized."""
+    enc, seq = encoder_layout(batch, c, env.tokenizer.sum).to(env.device), llm_layout(batch, c, text=False).to(env.device)
+    z = superpose(summarize(encoder, enc, env.tokenizer.n_ordinary), llm.wte.weight, top_k)
+    return place(llm.wte(seq.ids), z, seq.latent), torch.from_numpy(batch.nx).to(env.device) + seq.n + 1

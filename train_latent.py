@@ -14,7 +14,7 @@ import torch.nn as nn
 
 import common
 from compress import Store
-from encoder import llm_layout, place, superpose_sparse
+from encoder import evaluate, llm_layout, place, superpose_sparse
 from train_sup import weighted_nll
 
 
@@ -85,7 +85,7 @@ def main(argv=None):
         noise = gumbel_noise(args.seed, run.step, (args.batch_size, *values.shape[1:]), env.rank, env.world, args.noise)
         run.update(*run.forward(seq, values, ids, noise))
         if run.evaluates:
-            val_result = common.evaluate(llm, val, env, "latent", caps, top_k=store.top_k)
+            val_result = evaluate(llm, val, env, "latent", caps, top_k=store.top_k)
             run.keep(val_result["accuracy"], steps=val_result["steps"])
 
 

@@ -17,7 +17,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import common
-from encoder import encoder_layout, explicit_layout, llm_layout, place, summarize, superpose, supervision_mask
+from encoder import (encoder_layout, evaluate, explicit_layout, llm_layout, place, summarize, superpose,
+                     supervision_mask)
 
 
 # ---------------------------------------------------------------------------------------------- the losses
@@ -106,7 +107,7 @@ def main(argv=None):
     for batch in run:
         run.update(*run.forward(explicit_layout(batch)))
         if run.evaluates:
-            run.keep(common.evaluate(llm, val, env, "text", caps)["accuracy"])
+            run.keep(evaluate(llm, val, env, "text", caps)["accuracy"])
     if args.no_cot:
         return
     llm = run.best_model("llm")
@@ -120,7 +121,7 @@ def main(argv=None):
         run.update(*run.forward(encoder_layout(batch, c, tokenizer.sum), llm_layout(batch, c), bags(batch, c),
                                 torch.tensor(bag_weight)))
         if run.evaluates:
-            run.keep(common.evaluate(llm, val, env, "gold", caps, encoder, c, args.top_k)["accuracy"])
+            run.keep(evaluate(llm, val, env, "gold", caps, encoder, c, args.top_k)["accuracy"])
 
 
 if __name__ == "__main__":

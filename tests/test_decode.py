@@ -6,7 +6,7 @@ import torch
 
 import common
 from conftest import VOCAB, random_batch, rows, tiny
-from encoder import decode, ordinary_softmax, superpose
+from encoder import decode, gold_prompt, ordinary_softmax, superpose
 from test_encoder import summaries
 
 
@@ -63,7 +63,7 @@ def test_batched_and_cached_equals_one_by_one(how):
 def test_gold_prompts_are_the_summaries_of_the_chain(c, top_k, block_size):
     encoder, llm, batch = tiny(0, block_size), tiny(1, block_size), random_batch([5, 0, 8, 1], nx=[3, 5, 7, 2])
     env = SimpleNamespace(tokenizer=VOCAB, device="cpu")
-    x, length = common.gold_prompt(llm, encoder, batch, env, c, top_k)
+    x, length = gold_prompt(llm, encoder, batch, env, c, top_k)
     out = decode(llm, VOCAB, x, length, max_tokens=10)
     for b, (X, S, _) in enumerate(rows(batch, c)):
         z = [superpose(alpha.float(), llm.wte.weight, top_k)[None] for alpha in summaries(encoder, X, S)]

@@ -1,0 +1,130 @@
+"""Every script for two steps with the smallest of models: as the reader types it, and with the flags that change its path."""
+import importlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import common
+import data
+from conftest import ROOT
+from data import Problems, UserError, load
+from encoder import encoder_layout, keep_top, summarize
+
+TINY = ["--n-layer", "1", "--n-embd", "16", "--n-head", "1", "--batch-size", "8", "--sft-steps", "2", "--steps", "2"]
+FEW = {"train": 64, "val": 8, "test": 8}  # of the toy task: drawing all its problems takes longer than two steps
+START = f"import data, runpy, sys; data.TOY_SIZE.update({FEW}); sys.argv.pop(0); runpy.run_path(sys.argv[0], run_name='__main__')"
+
+
+def start(script, *flags, cwd):
+    """A script in a process of its own; returns what it printed."""
+    done = subprocess.run([sys.executable, "-c", START, str(ROOT / script), *flags], cwd=cwd, capture_output=True, text=True,
+                          env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONUTF8": "1"})
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_the_scripts_in_a_row(tmp_path):
+    """The quick start, and the baseline, with nothing said about data or output."""
+    start("train_sup.py", *TINY, cwd=tmp_path)
+    start("train_sup.py", "--no-cot", *TINY, cwd=tmp_path)
+    start("compress.py", cwd=tmp_path)
+    start("train_latent.py", "--steps", "2", cwd=tmp_path)
+    start("analyze.py", "--limit", "4", cwd=tmp_path)
+    said = start("analyze.py", "--ask", "How many quaggas, Ann?", cwd=tmp_path)
+    assert "z_0" in said
+
+    out = tmp_path / "out" / "toy"
+    for phase in ("sft", "no_cot", "sup", "latent"):
+        log = [json.loads(row) for row in (out / f"{phase}.jsonl").read_text().splitlines()]
+        losses = [row["loss"] for row in log if "loss" in row]
+        assert len(losses) == 2 and np.isfinite(losses).all() and [row["step"] for row in log if "score" in row] == [2]
+        assert torch.load(out / f"{phase}.pt", weights_only=True)["step"] == 2
+    report = json.loads((out / "report.json").read_text())
+    for figure in ("accuracy", "steps", "seconds"):
+        assert all(report[figure][way] is not None for way in ("explicit", "latent"))
+    assert 0 <= min(report["accuracy"].values()) and max(report["accuracy"].values()) <= 1
+
+
+# ------------------------------------------------------------------------------ the same in this process, which is faster
+
+@pytest.fixture
+def call(monkeypatch, tmp_path):
+    """call('train_sup', …): a script's main with these flags, in an empty folder."""
+    monkeypatch.setattr(data, "TOY_SIZE", FEW)
+    monkeypatch.chdir(tmp_path)
+    return lambda script, *flags: importlib.import_module(script).main([str(flag) for flag in flags])
+
+
+def pipeline(call, *sup, latent=()):
+    call("train_sup", *TINY, *sup, "--out", "run")
+    call("compress", "--out", "run")
+    call("train_latent", "--steps", 2, *latent, "--out", "run")
+    call("analyze", "--limit", 4, "--out", "run")
+    return {name: np.load(f"run/latents/{name}.npy") for name in ("values", "ids", "offsets")}
+
+
+@pytest.mark.parametrize("flags, latent, K", [
+    (["--chunk-size", 4], [], 50), (["--chunk-size", 1, "--local", "--bag", 0], ["--noise", 0], 50), (["--top-k", 5], [], 5),
+    (["--sft-steps", 0], [], 50), (["--dtype", "bfloat16"], ["--dtype", "bfloat16"], 50),
+], ids=["c=4", "ablations", "top-k", "no-sft", "bfloat16"])
+def test_flags_that_change_the_path(call, flags, latent, K):
+    store = pipeline(call, *flags, latent=latent)
+    assert store["values"].shape == store["ids"].shape == (store["offsets"][-1], K) and len(store["offsets"]) == 64 + 1
+    np.testing.assert_allclose(store["values"].sum(1), 1, atol=1e-5)
+    assert (np.diff(store["values"], axis=1) <= 0).all()
+
+
+@pytest.mark.parametrize("cot", ["steps", "text"])
+def test_a_file_of_your_own(call, gpt2_tokenizer, cot):
+    pipeline(call, "--data", ROOT / "tests" / "sample.jsonl", "--cot", cot, "--block-size", 192)
+
+
+def test_problems_without_a_chain_of_thought(call, gpt2_tokenizer, tmp_path):
+    for split in ("train", "test"):
+        rows = [{"question": f"What is {i}?", "answer": f"#### {i}"} for i in range(40)]
+        (tmp_path / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    store = pipeline(call, "--data", tmp_path)
+    assert store["offsets"][-1] == 0
+
+
+def test_the_store_holds_the_summaries_of_its_problems(call, toy_tokenizer):
+    """Row by row what the encoder says of each problem by itself, whatever batches phase 2 ran in."""
+    store = pipeline(call, "--chunk-size", 3)
+    encoder = common.build(common.load_checkpoint(Path("run/sup.pt")), "encoder", "cpu")
+    train = Problems(load("toy", "train"), toy_tokenizer, 96)
+    for row in range(len(train)):
+        with torch.no_grad():
+            enc = encoder_layout(train.batch(np.array([row]), np.array([row])), 3, toy_tokenizer.sum)
+            values, _ = keep_top(summarize(encoder, enc, toy_tokenizer.n_ordinary)[0], 50)
+        mine = slice(*store["offsets"][row:row + 2])
+        np.testing.assert_allclose(store["values"][mine], values, atol=1e-5)
+
+
+def test_what_contradicts_an_earlier_phase_is_refused(call):
+    with pytest.raises(UserError, match="run train_sup.py first"):
+        call("compress", "--out", "run")
+    call("train_sup", *TINY, "--out", "run")
+    with pytest.raises(UserError, match="--overwrite"):
+        call("train_sup", *TINY, "--out", "run")
+    with pytest.raises(UserError, match="--chunk-size 4 contradicts"):
+        call("compress", "--out", "run", "--chunk-size", 4)
+    with pytest.raises(UserError, match="latents"):
+        call("train_latent", "--out", "run", "--steps", 2)
+    call("compress", "--out", "run")
+    call("train_sup", *TINY, "--out", "run", "--overwrite", "--lr", 0.1)  # another encoder
+    with pytest.raises(UserError, match="encoder = "):
+        call("train_latent", "--out", "run", "--steps", 2)
+
+
+def test_the_same_seed_gives_the_same_model(call):
+    found = []
+    for seed in (0, 0, 1):
+        call("train_sup", *TINY, "--out", f"run{len(found)}", "--seed", seed)
+        found.append(common.identity(torch.load(f"run{len(found)}/sup.pt", weights_only=True)["models"]["encoder"]))
+    assert found[0] == found[1] != found[2]
