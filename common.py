@@ -33,9 +33,9 @@ from model import GPT, GPT2, GPTConfig
 
 PRESETS = {  # the defaults that depend on --data; "gsm8k" is that of everything but the toy task
     "toy": dict(n_layer=3, n_head=4, n_embd=128, block_size=96, batch_size=32, lr=4e-3, chunk_size=2,
-                sft_steps=500, eval_every=250, steps={"sup": 150, "latent": 1500}),
+                sft_steps=400, eval_every=200, noise=0.5, steps={"sup": 150, "latent": 2000}),
     "gsm8k": dict(n_layer=4, n_head=4, n_embd=256, block_size=384, batch_size=16, lr=1e-3, chunk_size=2,
-                  sft_steps=2000, eval_every=500, steps={"sup": 1000, "latent": 2000}),
+                  sft_steps=2000, eval_every=500, noise=1.0, steps={"sup": 1000, "latent": 2000}),
 }
 SHAPE = ("n_layer", "n_head", "n_embd", "block_size")
 INHERITED = ("data", "data_dir", "cot", "seed", "chunk_size", *SHAPE)  # what a later phase takes over from phase 1

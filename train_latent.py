@@ -65,7 +65,7 @@ def gumbel_noise(seed, step, size, rank=0, world=1, scale=1.0):
 
 def main(argv=None):
     p = common.parser(__doc__, "latent")
-    p.add_argument("--noise", type=float, default=1.0, help="scale of the Gumbel noise (default 1; 0 = off)")
+    p.add_argument("--noise", type=float, help="scale of the Gumbel noise (default: 1, as in the paper; toy: 0.5; 0 = off)")
     args, env = common.setup(p, "latent", argv)
     tokenizer, c = env.tokenizer, args.chunk_size
 
