@@ -379,16 +379,20 @@ def splits(args, env, names=("train", "val"), no_cot=False):
     return found
 
 
-def initial_model(args, tokenizer):
-    """--init: a new GPT, OpenAI's GPT-2, or the LLM of a checkpoint."""
+def initial_model(args, env):
+    """--init: a new GPT, OpenAI's GPT-2, or the LLM of a checkpoint; the flags of its shape then follow it."""
     if args.init in GPT2:
-        return GPT.from_gpt2(args.init, tokenizer.n_vocab)
-    if args.init != "scratch":
+        model = GPT.from_gpt2(args.init, env.tokenizer.n_vocab)
+    elif args.init != "scratch":
         saved = load_checkpoint(Path(args.init))
-        if saved["config"]["tokenizer"] != tokenizer.name:
-            raise UserError(f"--init {args.init} has tokenizer {saved['config']['tokenizer']}, --data {args.data} needs {tokenizer.name}")
-        return build(saved, "llm", "cpu")
-    try:
-        return GPT(GPTConfig(tokenizer.n_vocab, args.block_size, args.n_layer, args.n_head, args.n_embd))
-    except ValueError as error:
-        raise UserError(str(error))
+        require_same(args.init, saved["config"], tokenizer=env.tokenizer.name)
+        model = build(saved, "llm", "cpu")
+    else:
+        try:
+            model = GPT(GPTConfig(env.tokenizer.n_vocab, args.block_size, args.n_layer, args.n_head, args.n_embd))
+        except ValueError as error:
+            raise UserError(str(error))
+    for field in SHAPE:
+        env.config[field] = getattr(model.config, field)
+        setattr(args, field, env.config[field])
+    return model.to(env.device)

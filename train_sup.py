@@ -98,9 +98,9 @@ def main(argv=None):
     tokenizer, c = env.tokenizer, args.chunk_size
 
     # data and model
+    llm = common.initial_model(args, env)
     train, val = common.splits(args, env, no_cot=args.no_cot)
     caps = common.caps(train, c)
-    llm = common.initial_model(args, tokenizer).to(env.device)
 
     # explicit warm-up, or the no-CoT baseline
     run = common.Run("no_cot" if args.no_cot else "sft", args, env, Explicit(llm), {"llm": llm}, train, args.sft_steps)
