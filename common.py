@@ -104,6 +104,10 @@ def setup(p, phase, argv=None):
             raise UserError(f"--{field.replace('_', '-')} {value}: must be at least {least}")
 
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # as torchrun sets them
+    if world > 1 and phase not in ("sup", "latent"):
+        raise UserError(f"{phase} runs in one process; start it without torchrun")
+    if args.batch_size % world:
+        raise UserError(f"--batch-size {args.batch_size} cannot be shared out to {world} processes; choose a multiple")
     name = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if name == "cuda" and world > 1:
         name = f"cuda:{os.environ['LOCAL_RANK']}"
@@ -113,6 +117,8 @@ def setup(p, phase, argv=None):
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise UserError(f"--device {name}: {str(error).splitlines()[0]}")
     if world > 1 and not dist.is_initialized():
+        if device.type == "cuda":
+            torch.cuda.set_device(device)  # where NCCL works
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     args.dtype = args.dtype or ("bfloat16" if device.type == "cuda" else "float32")
     args.compile = device.type == "cuda" if args.compile is None else args.compile
