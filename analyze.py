@@ -16,15 +16,15 @@ report.json (shares are 0 … 1; lists go by position, K, k or i; null: not trai
 """
 import json
 import math
+from functools import partial
 from html import escape
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import torch
 
 import common
-from data import Problems, Ragged, UserError, fetch, parse_solved, read, to_number
+from data import Problems, Ragged, known_paths, to_number
 from encoder import chunks, encoder_layout, evaluate, place, summarize, superpose
 from train_sup import bags
 
@@ -136,7 +136,7 @@ def observe(llm, env, top_k, R, encoder=None):
         keep(rows, step, q[on])
         n[rows] = step + 1
 
-    answers = scored(llm, env, R, "latent", top_k, watch=watch)["answers"] if not encoder else {}
+    answers = env.evaluate(llm, thought="latent", top_k=top_k, limit=R, watch=watch)["answers"] if not encoder else {}
     for batch in env.test.eval_batches(-(-env.size // 8), R) if encoder else ():  # few: (B, N, V) is large for GPT-2's V
         with env.autocast():
             seq = encoder_layout(batch, env.c, env.tokenizer.sum).to(env.device)
@@ -145,12 +145,8 @@ def observe(llm, env, top_k, R, encoder=None):
     return SimpleNamespace(n=n, answers=answers, **{name: array[:, :max(1, int(n.max()))] for name, array in kept.items()})
 
 
-def scored(llm, env, R, thought="text", top_k=0, **options):
-    return evaluate(llm, env.test, env, thought, env.caps, chunk_size=env.c, top_k=top_k, limit=R, batch_size=env.size, **options)
-
-
 def given(llm, env, z, n, end=True):
-    """The LLM writes on after X <bot> z_0 … z_{n-1} (end: and <eot>): {row: (text, right)}. z (R, N, C), n (R,)."""
+    """The LLM writes on after X <bot> z_0 … z_{n-1} (end: and <eot>): what `evaluate` finds. z (R, N, C), n (R,)."""
     def prompt(batch):
         rows, nx = torch.from_numpy(batch.rows), torch.from_numpy(batch.nx)[:, None]
         k = n[rows, None].minimum(llm.config.block_size - 1 - nx)  # (B, 1)
@@ -158,22 +154,17 @@ def given(llm, env, z, n, end=True):
         ids = torch.from_numpy(env.test.x.pad(batch.rows, at.size(1))).masked_fill(at == k, env.tokenizer.eot)
         latent = (at + 1).where((at >= 0) & (at < k), 0).to(env.device)
         return place(llm.wte(ids.to(env.device)), z[rows].to(env.device), latent), (nx + k + end)[:, 0].to(env.device)
-    return scored(llm, env, len(n), prompt=prompt)["answers"]
+    return env.evaluate(llm, thought="text", limit=len(n), prompt=prompt)
 
 
 def prefixes(llm, env, lat, end=True):
-    """(k, {row: (text, right)} after z_0 … z_{k-1}), k = 0 … N or POINTS of them, for the first FEW problems."""
+    """(k, what is found after z_0 … z_{k-1}), k = 0 … N or POINTS of them, for the first FEW problems."""
     n = lat.n[:FEW]
     ks = np.linspace(0, int(n.max()), min(POINTS, int(n.max()) + 1)).round().astype(int).tolist()
     return ks, [given(llm, env, lat.z[:FEW], n.clamp(max=k), end) for k in ks]
 
 
 # ---------------------------------------------------------------------------------------------- the report's sections
-
-def share(answers):
-    """The share of {row: (text, right)} that is right."""
-    return sum(right for _, right in answers.values()) / len(answers)
-
 
 def measure_controls(llm, env, lat):
     """Accuracy of the latent model when its chain is given to it: its own, or one that holds less."""
@@ -182,19 +173,20 @@ def measure_controls(llm, env, lat):
     chains = {"own": (lat.z, lat.n), "zeroed": (0 * lat.z, lat.n), "shuffled": (lat.z.roll(1, 0), lat.n.roll(1)),
               "random": (llm.wte.weight.detach().cpu()[torch.from_numpy(tokens)], lat.n)}
     found = {name: given(llm, env, *chain) for name, chain in chains.items()}
-    donor = sum(to_number(text) == to_number(problems[(row or R) - 1]["answer"]) for row, (text, _) in found["shuffled"].items())
-    return {"accuracy": {name: share(a) for name, a in found.items()}, "donor": donor / R,
-            "interval": {name: wilson(share(a) * R, R) for name, a in found.items()},
-            "cut": {"problems": len(cut[0]), "k": ks, "accuracy": [share(a) for a in cut]}}
+    donor = sum(to_number(text) == to_number(problems[(row or R) - 1]["answer"])
+                for row, (text, _) in found["shuffled"]["answers"].items())
+    return {"accuracy": {name: f["accuracy"] for name, f in found.items()}, "donor": donor / R,
+            "interval": {name: wilson(f["accuracy"] * R, R) for name, f in found.items()},
+            "cut": {"problems": min(R, FEW), "k": ks, "accuracy": [f["accuracy"] for f in cut]}}
 
 
 def measure_continuation(llm, env, lat):
     """The LLM of phase 1 gets z_0 … z_{i-1} for the first i chunks (or all there are) and writes the rest as text."""
     points, found = prefixes(llm, env, lat, end=False)
     chunk = lambda row, i: env.test.s.flat[env.test.s.start[row] + i * env.c:env.test.s.start[row + 1]][:env.c].tolist()
-    exact = [[text.startswith(env.tokenizer.decode(chunk(row, i))) for row, (text, _) in answers.items() if i < lat.n[row]]
-             for i, answers in zip(points, found)]
-    return {"problems": len(found[0]), "i": points, "accuracy": [share(answers) for answers in found],
+    exact = [[text.startswith(env.tokenizer.decode(chunk(row, i))) for row, (text, _) in f["answers"].items()
+              if i < lat.n[row]] for i, f in zip(points, found)]
+    return {"problems": min(len(lat.n), FEW), "i": points, "accuracy": [f["accuracy"] for f in found],
             "next_chunk": [mean(torch.tensor(e)) for e in exact]}
 
 
@@ -211,18 +203,6 @@ def measure_ecr(lat, bag, ks):
         ("own", lat.ids[:, :N], bag), ("chance", lat.ids[:, :N], other), ("maximum", best, bag))}
 
 
-def all_paths(args, problems):
-    """Each problem's different chains known to be right: the toy task's own, or those published for GSM8K."""
-    file, known = Path(args.data_dir or "data/gsm8k" if args.data == "gsm8k" else args.data) / "example_model_solutions.jsonl", {}
-    try:
-        if args.data == "gsm8k":
-            fetch(file)
-        known = {} if args.data == "toy" else dict(read(file, parse_solved, args.cot))
-    except UserError as error:
-        print(f"parallelism: left out, no other chains are known ({error})")
-    return [p.get("paths") or [s for s in dict.fromkeys([p["chain"], *known.get(p["question"], [])]) if s] for p in problems]
-
-
 def measure_parallelism(env, lats, paths):
     """Both measures for every problem with two paths or more, and for as many paths of other problems; None without."""
     rows = torch.tensor([r for r, known in enumerate(paths) if len(known) > 1])
@@ -231,22 +211,21 @@ def measure_parallelism(env, lats, paths):
     count = torch.tensor([len(paths[r]) for r in rows])[:, None]  # (R, 1)
     text = Ragged(env.tokenizer.encoding.encode_ordinary_batch([s for r in rows for s in paths[r]] + [""]))
     total, length, j = len(text.length) - 1, torch.from_numpy(text.length), torch.arange(int(count.max()))
-    tokens = torch.from_numpy(text.pad(np.arange(total + 1), length.max()))  # (all paths and an empty one, L)
-    own, toy = count.cumsum(0) - count + j, "paths" in env.test.problems[0]  # (R, M): whose are which
-    report = {"problems": len(rows), "paths": mean(count), "orders": {} if toy else None}
+    tokens = torch.from_numpy(text.pad(np.arange(total + 1), int(length.max())))  # (all paths and an empty one, L)
+    own = count.cumsum(0) - count + j                                        # (R, M): whose are which
+    report = {"problems": len(rows), "paths": mean(count), "orders": {} if count.min() == len(j) else None}
     for name, lat in lats.items():
-        n, report[name] = lat.n[rows], {}
+        report[name] = {}
         for suffix, which in ("_random", own + count), ("", own):            # random: those of the problems after it
-            which, found, mass = (which % total).where(j < count, total), [], []
+            which, parts = (which % total).where(j < count, total), []
             for some in torch.arange(len(rows)).split(64):                   # (R, M, N, W, K) is large
-                path = spans(tokens[which[some]], length[which[some]], n[some, None], env.c, lat.ids.size(1))
-                alpha = lat.values[rows[some], :, :TOP], lat.ids[rows[some], :, :TOP]
-                found.append(torch.stack(parallelism(*alpha, path, n[some])))
-                mass += [orders(*alpha, path)] if toy else []
-            n_eff, covered = torch.cat(found, 1)[:, n > 0]
+                r, n = rows[some], lat.n[rows[some]]
+                path = spans(tokens[which[some]], length[which[some]], n[:, None], env.c, lat.ids.size(1))
+                alpha = lat.values[r, :, :TOP], lat.ids[r, :, :TOP]
+                parts.append((*parallelism(*alpha, path, n), orders(*alpha, path)))
+            n_eff, covered, mass = (torch.cat(x)[lat.n[rows] > 0] for x in zip(*parts))  # (R,), (R,), (R, M, N)
             report[name] |= {"n_eff" + suffix: mean(n_eff), "above_1.7" + suffix: mean(n_eff > 1.7), "covered" + suffix: mean(covered)}
-        if toy:
-            mass = torch.cat(mass)                                           # (R, M, N)
+        if report["orders"] is not None:
             report["orders"][name] = {"mass": [[mean(x) for x in m.T] for m in mass.unbind(1)],
                                       "leading": [mean(x) for x in (mass.amax(1) / mass.sum(1)).T]}
     return report
@@ -287,7 +266,7 @@ def chart(title, note, x, series, top=None):
     px, py = (lambda v: 36 + 316 * (v - x[0]) / (x[-1] - x[0] or 1)), (lambda v: 172 - 160 * (v - low) / (top - low))
     art = "".join(f'<line x1="36" x2="352" y1="{py(y)}" y2="{py(y)}"/><text x="30" y="{py(y) + 4}" text-anchor="end">{y:g}</text>'
                   for y in np.linspace(low, top, 5).tolist())
-    art += "".join(f'<text x="{px(v):.0f}" y="190" text-anchor="middle">{v}</text>' for v in x[::-(-len(x) // 7)])
+    art += "".join(f'<text x="{px(v):.0f}" y="190" text-anchor="middle">{v}</text>' for v in x[::-(-len(x) // 7) or 1])
     for i, ys in enumerate(series.values()):
         dots = [(f"{px(a):.1f}", f"{py(y):.1f}") for a, y in zip(x, ys) if y is not None]
         art += f'<polyline stroke="var(--c{i})" points="{" ".join(map(",".join, dots))}"/>'
@@ -296,10 +275,15 @@ def chart(title, note, x, series, top=None):
     return f'<figure><strong>{title}</strong><svg viewBox="0 0 360 196">{art}</svg><figcaption>{names}{note}</figcaption></figure>'
 
 
+def visible(tokenizer, ids):
+    """Tokens as text, a · for every space and whatever can't be printed."""
+    return "".join(a if a.isprintable() and a != " " else "·" for a in tokenizer.decode(ids))
+
+
 def heaviest(lat, row, tokenizer):
-    """Of each latent of a chain its five heaviest tokens, [(text, weight)]; a space shows as ·."""
-    return [[(tokenizer.decode([i]).replace(" ", "·"), w) for i, w in zip(*pair)] for pair in zip(
-        lat.ids[row, :lat.n[row], :5].tolist(), lat.values[row, :, :5].tolist())]
+    """The five heaviest tokens of each latent of a chain: [[(text, weight)]]."""
+    top = zip(lat.ids[row, :lat.n[row], :5].tolist(), lat.values[row, :, :5].tolist())
+    return [[(visible(tokenizer, [i]), w) for i, w in zip(*pair)] for pair in top]
 
 
 def picture(lats, row, p, tokenizer, bag):
@@ -310,7 +294,7 @@ def picture(lats, row, p, tokenizer, bag):
     for name, lat in lats.items():
         html += f'<small>{name}</small><div class="strip">'
         for t, tokens in enumerate(heaviest(lat, row, tokenizer)):
-            chunk = tokenizer.decode([i for i in bag[row, t].tolist() if i >= 0] if t < bag.size(1) else []).replace(" ", "·")
+            chunk = visible(tokenizer, [i for i in bag[row, t].tolist() if i >= 0] if t < bag.size(1) else [])
             html += f"<div><b>{escape(chunk) or '–'}<small>{t + 1}</small></b>" + "".join(
                 f'<span style="background:rgba(70,120,230,{0.6 * w:.2f})">{escape(token)}<small>{100 * w:.0f}</small></span>'
                 for token, w in tokens) + "</div>"
@@ -363,17 +347,21 @@ def main(argv=None):
     common.require_same(args.out / "latent.pt", latent["config"], fingerprint=sup["config"]["fingerprint"])
     llm, llm1, encoder = (common.build(m, name, env.device) for m, name in ((latent, "llm"), (sup, "llm"), (sup, "encoder")))
     top_k = {"text": 0, "latent": latent["config"]["store_top_k"], "gold": sup["config"]["top_k"]}
-    env.c, env.caps, env.size, env.test = args.chunk_size, latent["config"]["caps"], args.batch_size, None
-    if args.ask is not None:
+    env.c, env.caps, env.size = args.chunk_size, latent["config"]["caps"], args.batch_size
+    if args.ask is None:
+        train, env.test = common.splits(args, env, ["train", "test"])
+        common.require_same(args.out / "sup.pt", sup["config"], fingerprint=train.fingerprint)
+    else:
         env.test = Problems([{"question": args.ask, "chain": "", "answer": "0"}], env.tokenizer, args.block_size)
+    env.evaluate = partial(evaluate, problems=env.test, env=env, caps=env.caps, chunk_size=env.c, batch_size=env.size)
+
+    if args.ask is not None:
         lat = observe(llm, env, top_k["latent"], 1)
         for i, tokens in enumerate(heaviest(lat, 0, env.tokenizer)):
             print(f"z_{i:<3}" + "  ".join(f"{' ░▒▓█'[math.ceil(4 * w - 0.2)]} {token[:8]:8} {w:.2f}" for token, w in tokens))
         return print(lat.answers[0][0].removeprefix("<eot>"))
 
     # every way to think, on the same problems
-    train, env.test = common.splits(args, env, ["train", "test"])
-    common.require_same(args.out / "sup.pt", sup["config"], fingerprint=train.fingerprint)
     R = min(len(env.test), args.limit or len(env.test))
     report = {key: dict.fromkeys(WAYS) for key in FIGURES}
     for way, (label, file, thought) in WAYS.items():
@@ -381,7 +369,7 @@ def main(argv=None):
             print(f"{label}: left out, there is no {args.out / file}.pt")
             continue
         model = common.build(common.load_checkpoint(args.out / f"{file}.pt"), "llm", env.device)
-        found = scored(model, env, R, thought, top_k[thought], encoder=encoder)
+        found = env.evaluate(model, thought=thought, encoder=encoder, top_k=top_k[thought], limit=R)
         found["interval"] = wilson(found["accuracy"] * R, R)
         print(f"{label:26} accuracy {found['accuracy']:.3f}, steps {found['steps']:.1f}, {found['seconds']:.1f} s")
         for key in FIGURES:
@@ -391,12 +379,11 @@ def main(argv=None):
     lats = {"encoder": observe(llm1, env, top_k["gold"], R, encoder), "latent": observe(llm, env, top_k["latent"], R)}
     bag = bags(env.test.batch(np.arange(R), np.arange(R)), env.c)  # (R, N, c)
     norm = llm.wte.weight.detach()[:env.tokenizer.n_ordinary].float().norm(dim=1).cpu()
-    ks = [k for k in KS if k <= env.tokenizer.n_ordinary]
     report |= {"config": {k: env.config[k] for k in ("data", "chunk_size", "seed", "commit", "torch")} | {"problems": R},
                "controls": measure_controls(llm, env, lats["latent"]),
                "continuation": measure_continuation(llm1, env, lats["encoder"]),
-               "ecr": {"K": ks, **{name: measure_ecr(lat, bag, ks) for name, lat in lats.items()}},
-               "parallelism": measure_parallelism(env, lats, all_paths(args, env.test.problems[:R])),
+               "ecr": {"K": KS, **{name: measure_ecr(lat, bag, KS) for name, lat in lats.items()}},
+               "parallelism": measure_parallelism(env, lats, known_paths(env.test.problems[:R], args.data, args.data_dir, args.cot)),
                "shape": {"token_norm": {"low": norm.quantile(0.05).item(), "mean": mean(norm), "high": norm.quantile(0.95).item()},
                          **{name: shape(lat) for name, lat in lats.items()}}}
     report = json.loads(json.dumps(report), parse_float=lambda x: round(float(x), 4), parse_constant=lambda _: None)
