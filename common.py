@@ -267,7 +267,7 @@ class Run:
         elif self.path.exists() or self.state.exists():
             raise UserError(f"{self.path.parent} already holds a run ({self.path.name}); go on with --resume, start over "
                             "with --overwrite, or choose another --out")
-        self.net = torch.compile(module) if args.compile else module
+        self.net = torch.compile(module, dynamic=False) if args.compile else module  # a graph for each of the few widths
         if env.world > 1:
             self.net = DistributedDataParallel(self.net)
         if env.rank == 0:
