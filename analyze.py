@@ -198,7 +198,8 @@ def measure_ecr(lat, bag, ks):
     at = torch.arange(N) % count.roll(1).clamp(min=1)[:, None]  # (R, N): from the start again where its chain is shorter
     other, bag = bag.roll(1, 0).gather(1, at[:, :, None].expand(-1, -1, bag.size(2))), bag[:, :N]
     same = bag[..., :, None] == bag[..., None, :]  # (R, N, c, c)
-    best = bag.gather(2, (same.sum(3) * ~same.tril(-1).any(3)).argsort(2, descending=True))
+    often = (same.sum(3) * ~same.tril(-1).any(3)).where(bag >= 0, -1)  # padding comes last
+    best = bag.gather(2, often.argsort(2, descending=True))
     return {name: ecr(ids, tokens, real, ks) for name, ids, tokens in (
         ("own", lat.ids[:, :N], bag), ("chance", lat.ids[:, :N], other), ("maximum", best, bag))}
 

@@ -100,6 +100,13 @@ def test_ecr_maximum_and_chance():
     assert found["chance"] == pytest.approx([(1 + 1 + 2) / 3, (1 + 1 + 3) / 3])
 
 
+def test_ecr_maximum_of_a_short_chunk():
+    """The padding of a short last chunk is no token that stands there often."""
+    bag, ids = torch.tensor([[[5, -1, -1, -1]]]), torch.tensor([[[5]]])
+    found = measure_ecr(SimpleNamespace(ids=ids, n=torch.tensor([1])), bag, [1, 2])
+    assert found["own"] == found["maximum"] == [1, 1]
+
+
 # -------------------------------------------------------------------------------------------------------------- spans
 
 def spans_of(length, n, c, N):
