@@ -45,7 +45,7 @@ PRESETS = dict(common.PRESETS, gpt2=dict(common.PRESETS["gsm8k"], n_layer=12, n_
 # ------------------------------------------------------------------------------------------------- measuring
 
 def timed(jobs, repeats, device):
-    """{name: seconds of every repeat}: all jobs in turn, after a round that is not counted (it compiles, fills caches)."""
+    """{name: seconds of every repeat}: all jobs in turn; a first round, which compiles, is not counted."""
     times = {name: [] for name in jobs}
     for _ in range(repeats + 1):
         for name, job in jobs.items():
@@ -88,8 +88,8 @@ def stand_in(n_ordinary):
     def encode(texts):
         return [[int(word) for word in text.replace("#### ", "").split()] for text in texts]
     ids = dict(zip(("eos", "bot", "eot", "sum"), range(n_ordinary, n_ordinary + 4)))
-    return SimpleNamespace(encoding=SimpleNamespace(encode_ordinary_batch=encode), name="stand-in", n_ordinary=n_ordinary,
-                           n_vocab=-(-(n_ordinary + 4) // 64) * 64, **ids)
+    return SimpleNamespace(encoding=SimpleNamespace(encode_ordinary_batch=encode), name="stand-in", **ids,
+                           n_ordinary=n_ordinary, n_vocab=-(-(n_ordinary + 4) // 64) * 64)
 
 
 def some_problems(tokenizer, count, block_size, x, s, a, scale=1):
@@ -99,7 +99,8 @@ def some_problems(tokenizer, count, block_size, x, s, a, scale=1):
     def text(mean, spread, scale, extra, least):
         length = max(least, round(rng.normal(mean, spread) * scale) - extra)
         return " ".join(map(str, rng.integers(0, tokenizer.n_ordinary, length)))
-    rows = [dict(question=text(*x, scale, 1, 4), chain=text(*s, scale, 0, 2), answer=text(*a, 1, 2, 1)) for _ in range(count)]
+    rows = [dict(question=text(*x, scale, 1, 4), chain=text(*s, scale, 0, 2), answer=text(*a, 1, 2, 1))
+            for _ in range(count)]
     return Problems(rows, tokenizer, block_size)
 
 
@@ -186,7 +187,8 @@ class Bench:
                 flops += 3 * forward_flops(config, B, seq.ids.size(1), seq.ids.size(1), seq.at.size(1))
                 tokens += b.nx + b.ns + b.na
             elif name == "phase 1":
-                flops += 3 * (forward_flops(config, B, Te, Te, N) + B * N * to_z + forward_flops(config, B, Tl, Tl, sup.at.size(1)))
+                flops += 3 * (forward_flops(config, B, Te, Te, N) + B * N * to_z)
+                flops += 3 * forward_flops(config, B, Tl, Tl, sup.at.size(1))
                 tokens += (b.nx + b.ns + n) + (b.nx + np.maximum(b.ns - c, 0) + n + b.na)
             elif name == "compress":
                 flops += forward_flops(config, B, Te, Te, N)
@@ -207,28 +209,30 @@ class Bench:
 # ------------------------------------------------------------------------- what the layouts and the cache replace
 
 class Loops(Bench):
-    """The same results the plain way, on the largest bucket: each pair of methods must agree, and does so by assertion."""
+    """The same results the plain way, on the largest bucket; `ratios` checks that they are the same."""
 
     def __init__(self, args, env):
         super().__init__(args, env)
         batch, c, t, device = self.batches[-1], args.chunk_size, self.env.tokenizer, env.device
         self.batches, self.e, self.l = [batch], self.enc[-1], self.sup[-1]
         n = chunks(batch.ns, c)
-        self.z = torch.randn(args.batch_size, self.e.mark.size(1), args.n_embd, device=device, requires_grad=True)  # (B, N, C)
+        B, N = self.e.mark.shape
+        self.z = torch.randn(B, N, args.n_embd, device=device, requires_grad=True)
         self.encoder_passes, self.llm_passes = [], []
         for i in range(n.max()):  # pass i: the rows that have a chunk i
             rows, read = (n > i).nonzero()[0], np.minimum((i + 1) * c, batch.ns)
             texts = [[*batch.x[r, :batch.nx[r]], *batch.s[r, :read[r]], t.sum] for r in rows]
-            self.encoder_passes.append((self.pad(texts), torch.tensor([[len(text) - 1] for text in texts], device=device)))
-            nexts = [[*(batch.s[r, (i + 1) * c:min((i + 2) * c, batch.ns[r])] if i + 1 < n[r] else batch.a[r, :batch.na[r]])]
+            self.encoder_passes.append((self.pad(texts), self.pad([[len(text) - 1] for text in texts])))
+            nexts = [batch.s[r, (i + 1) * c:min((i + 2) * c, batch.ns[r])] if i + 1 < n[r] else batch.a[r, :batch.na[r]]
                      for r in rows]
             x = [batch.x[r, :batch.nx[r]] for r in rows]
             ids = self.pad([[*a, *[0] * (i + 1), *b] for a, b in zip(x, nexts)])
             latent = self.pad([[*a * 0, *range(1, i + 2)] for a in x], ids.size(1))
             target = self.pad(nexts)
-            at = torch.tensor([[len(a) + i] for a in x], device=device) + torch.arange(target.size(1), device=device)
+            at = self.pad([[len(a) + i] for a in x]) + torch.arange(target.size(1), device=device)
+            at = at.clamp(max=ids.size(1) - 1)
             weight = self.pad([[1 / n[r] / len(b)] * len(b) for r, b in zip(rows, nexts)]).float()
-            self.llm_passes.append((torch.from_numpy(rows).to(device), ids, latent, at.clamp(max=ids.size(1) - 1), target, weight))
+            self.llm_passes.append((self.pad([rows])[0], ids, latent, at, target, weight))
 
     def pad(self, rows, width=0):
         width = max(width, *map(len, rows))
@@ -276,7 +280,8 @@ class Loops(Bench):
         with self.env.autocast():
             x, out = self.llm.wte(ids), []
             if cached:
-                return decode(self.llm, self.env.tokenizer, x, torch.full_like(ids[:, 0], prompt), max_tokens=steps).tokens
+                length = torch.full_like(ids[:, 0], prompt)
+                return decode(self.llm, self.env.tokenizer, x, length, max_tokens=steps).tokens
             for _ in range(steps):
                 last = torch.full_like(ids[:, :1], x.size(1) - 1)
                 out.append(self.llm.head(self.llm(x, at=last))[:, 0].argmax(1))
@@ -319,7 +324,7 @@ def parts_table(bench, repeats):
         seconds = statistics.median(times[name])
         row = table[name] = dict(ms=1e3 * seconds / passes, tokens_per_s=tokens / seconds, gflop=flops / passes / 1e9,
                                  gflops=flops / seconds / 1e9, peak_mib=job_memory(bench, name, job),
-                                 of_matmul=quotient([flops / s for s in times[name]], [matmul_flops / s for s in times["matmul"]]))
+                                 of_matmul=quotient(times["matmul"], times[name]) * flops / matmul_flops)
         print(f"{name:18}{row['ms']:9.2f}{row['tokens_per_s']:11,.0f}{row['gflop']:9.2f}{row['gflops']:9.1f}"
               f"{row['of_matmul']:11.1%}{row['peak_mib']:10,.0f}", end="")
         if name in bench.runs:
