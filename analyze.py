@@ -88,12 +88,12 @@ def parallelism(values, ids, path, n):
     differ (NaN without any): one path followed makes 1, none makes 0.
     """
     w, tokens, M = weight(values[:, None], ids[:, None], path), path.sort(3)[0], path.size(1)  # (R, M, N, W)
-    real, known = torch.arange(path.size(2)) < n[:, None], (path >= 0).flatten(2).any(2)       # (R, N), (R, M)
-    score = w.sum(3).clamp(min=FLOOR).log().where(real[:, None], 0).sum(2) / n[:, None]
+    known = (path >= 0).flatten(2).any(2)                                                      # (R, M)
+    score = w.sum(3).clamp(min=FLOOR).log().sum(2) / n[:, None]  # past n the same for all: softmax doesn't see it
     n_eff = torch.special.entr(score.masked_fill(~known, -math.inf).softmax(1)).sum(1).exp()
     same = (tokens[:, :, None] == tokens[:, None]).all(4)                                      # (R, M, M, N)
     first = ~(same & torch.ones(M, M).tril(-1).bool()[:, :, None]).any(2) & known[:, :, None]  # (R, M, N)
-    differ = (first.sum(1) > 1) & real
+    differ = first.sum(1) > 1                                                                  # (R, N)
     full = w.where(path >= 0, math.inf).amin(3) >= COVER
     return n_eff, ((full & first).sum(1) * differ).sum(1) / differ.sum(1)
 

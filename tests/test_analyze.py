@@ -91,13 +91,15 @@ def test_ecr_of_uniform_alpha_is_chance():
 
 def test_ecr_maximum_and_chance():
     """A token that stands twice counts twice; chance is the next problem's chunk, from the start again where it ends."""
-    bag = torch.tensor([[[1, 1, 2], [3, 4, 6]], [[7, 8, 9], [-1, -1, -1]]])
+    bag = torch.tensor([[[1, 1, 2], [3, 4, 6]], [[7, 8, -1], [-1, -1, -1]]])
     ids = torch.stack([torch.tensor([[7, 1], [8, 3]]), torch.tensor([[1, 2], [3, 4]])])
-    found = measure_ecr(SimpleNamespace(ids=ids, n=torch.tensor([2, 1])), bag, [1, 2])
+    found = measure_ecr(SimpleNamespace(ids=ids, n=torch.tensor([2, 1])), bag, [1, 2, 3])
     # the latents: problem 0's two and problem 1's first
-    assert found["maximum"] == pytest.approx([(2 + 1 + 1) / 3, (3 + 2 + 2) / 3])
-    assert found["own"] == pytest.approx([0, (2 + 1 + 0) / 3])
-    assert found["chance"] == pytest.approx([(1 + 1 + 2) / 3, (1 + 1 + 3) / 3])
+    assert found["maximum"] == pytest.approx([(2 + 1 + 1) / 3, (3 + 2 + 2) / 3, (3 + 3 + 2) / 3])
+    assert found["own"][:2] == pytest.approx([0, (2 + 1 + 0) / 3])
+    assert found["chance"][:2] == pytest.approx([(1 + 1 + 2) / 3, (1 + 1 + 3) / 3])
+    short = measure_ecr(SimpleNamespace(ids=ids, n=torch.tensor([1, 1])), bag, [1])  # a chain that ends before its chunks
+    assert short["maximum"] == pytest.approx([(2 + 1) / 2])
 
 
 def test_ecr_maximum_of_a_short_chunk():
@@ -274,7 +276,9 @@ def test_a_problem_full_of_markup_is_text(toy_tokenizer):
     ids = torch.tensor([toy_tokenizer.encode('<>"&\'')])
     lat = SimpleNamespace(ids=ids[:, None], values=torch.full((1, 1, 5), 0.2), n=torch.tensor([1]), answers={0: (evil, False)})
     problem = {"question": evil, "chain": evil, "answer": evil}
-    page = Page(analyze.picture({"encoder": lat, "latent": lat}, 0, problem, toy_tokenizer, ids[:, None, :2]))
+    html = analyze.picture({"encoder": lat, "latent": lat}, 0, problem, toy_tokenizer, ids[:, None, :2])
+    page = Page(html)
+    assert "&lt;<small>20" in html and "&lt;&gt;<small>1<" in html
     assert "script" not in page.tags and page.tags.count("details") == 1 and not page.open
     assert page.text.count(evil) == 4 and {name for name, _ in page.attributes} <= {"class", "style"}
 
