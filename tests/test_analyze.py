@@ -1,4 +1,6 @@
 """The analysis: every metric on an α written by hand, where the right value is known; the page; the report of a small run."""
+import contextlib
+import functools
 import json
 import math
 from html.parser import HTMLParser
@@ -10,11 +12,13 @@ import torch
 import analyze
 import compress
 import data
+import toy
 import train_latent
 import train_sup
 from analyze import ecr, measure_ecr, mean, orders, parallelism, shape, spans, wilson
-from conftest import SHARED
 from data import UserError, known_paths, parse_solved
+from encoder import evaluate
+from model import GPT, GPTConfig
 
 V = 40  # ids of the vocabulary here
 
@@ -215,6 +219,30 @@ def test_shape():
     assert found["norm"] == pytest.approx([7.5, 7.5, 5]) and found["cosine"] == pytest.approx([0.5, 1])
 
 
+# ----------------------------------------------------------------------------------------------- chains handed over
+
+def test_a_model_handed_its_own_chain_writes_what_it_wrote(toy_tokenizer):
+    """`observe` keeps the z that were fed; `given` puts them, and <eot>, where they stood. Without any it is plain decoding."""
+    t = toy_tokenizer
+    torch.manual_seed(0)
+    llm = GPT(GPTConfig(t.n_vocab, 96, 1, 2, 16)).double().requires_grad_(False)
+    for p in llm.parameters():
+        p.add_(0.5 * torch.randn_like(p))
+    test = data.Problems(list(toy.problems(1, 6, lambda question: True)), t, 96)
+    env = SimpleNamespace(tokenizer=t, device=torch.device("cpu"), autocast=contextlib.nullcontext, test=test, c=2, caps=(5, 8), size=4)
+    env.evaluate = functools.partial(evaluate, problems=test, env=env, caps=env.caps, batch_size=4)
+    said = lambda answers: [answers[row][0].removeprefix("<eot>") for row in range(6)]
+
+    lat = analyze.observe(llm, env, 0, 6)
+    assert lat.n.max() == 5 and len(set(said(lat.answers))) > 1
+    lat.z = lat.z.double()
+    handed = said(analyze.given(llm, env, lat.z, lat.n)["answers"])
+    assert all(a.startswith(b) for a, b in zip(handed, said(lat.answers)))  # its own <eot> was one of the 8 tokens it had
+    assert said(analyze.given(llm, env, lat.z, 0 * lat.n, end=False)["answers"]) == said(env.evaluate(llm, thought="text")["answers"])
+    cut = [said(found["answers"]) for found in analyze.prefixes(llm, env, lat)[1]]
+    assert len(cut) == 6 and cut[5] == handed and cut[2] not in (cut[0], cut[5])
+
+
 # -------------------------------------------------------------------------------------------------------------- paths
 
 def solved(*texts):
@@ -284,7 +312,10 @@ def test_a_problem_full_of_markup_is_text(toy_tokenizer):
 
 
 def test_what_cannot_be_printed_is_a_dot(toy_tokenizer):
-    assert analyze.visible(toy_tokenizer, toy_tokenizer.encode("a\x1b[2J b\n")) == "a·[2J·b·"
+    ids = toy_tokenizer.encode("a\x1b[2J b\n")
+    assert analyze.visible(toy_tokenizer, ids) == "a·[2J·b·"
+    lat = SimpleNamespace(ids=torch.tensor([[ids[:3]]]), values=torch.full((1, 1, 3), 0.2), n=torch.tensor([1]))
+    assert [text for text, _ in analyze.heaviest(lat, 0, toy_tokenizer)[0]] == ["a", "·", "["]
 
 
 def test_chart_breaks_at_nothing():
