@@ -8,11 +8,10 @@
 Weights and tokens are random, the lengths those of the data; nothing is downloaded and nothing trained. Everything
 compared is timed side by side, in turn, and what is printed are medians. All flags of train_sup.py work too.
 
-FLOPs are counted from the shapes that are computed, padding and masked pairs included, in a pass forward:
-    blocks  24 C² a layer and position     (12 C² weights, a multiplication and an addition each)
-    scores   4 S C a layer and position    (q·k and the weighted sum of v, over all S positions there are)
-    head     2 C V for each of the P positions asked for, and as much for a z over the whole vocabulary
-A training step is three times that: backward takes the gradient of both factors of every product.
+FLOPs are counted from the shapes: 2 m k n for every product of an (m, k) and a (k, n) matrix that runs, forward and
+backward, padding and masked pairs included, and nothing for the rest (softmax, GELU, norms, Adam). For a model that is
+24 C² + 4 S C a layer and position (12 C² weights; scores and weighted sum over S positions), 2 C V for each position
+with logits, as much for a z over the whole vocabulary; and three times that for a training step.
 tokens/s counts what is real: tokens and latents, without padding.
 """
 import json
@@ -26,6 +25,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import common
@@ -62,9 +62,10 @@ def quotient(over, under):
     return statistics.median(a / b for a, b in zip(over, under))
 
 
-def forward_flops(config, B, T, S, P):
-    C, V = config.n_embd, config.vocab_size
-    return B * (config.n_layer * T * (24 * C + 4 * S) * C + 2 * P * C * V)
+def count_flops(job):
+    with torch.compiler.set_stance("force_eager"), FlopCounterMode(display=False) as counter:
+        job()
+    return counter.get_total_flops()
 
 
 def matmul_job(args, device):
@@ -85,11 +86,12 @@ def peak_memory(device):
 
 def stand_in(n_ordinary):
     """A tokenizer whose texts are numbers, each a token."""
-    def encode(texts):
-        return [[int(word) for word in text.replace("#### ", "").split()] for text in texts]
+    def encode(text):
+        return [int(word) for word in text.replace("#### ", "").split()]
+    encoding = SimpleNamespace(encode_ordinary=encode, encode_ordinary_batch=lambda texts: [encode(t) for t in texts])
     ids = dict(zip(("eos", "bot", "eot", "sum"), range(n_ordinary, n_ordinary + 4)))
-    return SimpleNamespace(encoding=SimpleNamespace(encode_ordinary_batch=encode), name="stand-in", **ids,
-                           n_ordinary=n_ordinary, n_vocab=-(-(n_ordinary + 4) // 64) * 64)
+    return SimpleNamespace(encoding=encoding, name="stand-in", **ids, n_ordinary=n_ordinary,
+                           n_vocab=-(-(n_ordinary + 4) // 64) * 64)
 
 
 def some_problems(tokenizer, count, block_size, x, s, a, scale=1):
@@ -122,8 +124,6 @@ class Bench:
         self.store.offsets, self.store.top_k, total = np.concatenate([[0], sizes.cumsum()]), K, int(sizes.sum())
         self.store.values = np.random.default_rng(0).dirichlet([0.1] * K, total).astype(np.float32)
         self.store.ids = np.random.default_rng(0).integers(0, tokenizer.n_ordinary, (total, K)).astype(np.int32)
-        self.enc = [encoder_layout(b, c, tokenizer.sum).to(env.device) for b in self.batches]
-        self.sup = [llm_layout(b, c).to(env.device) for b in self.batches]
         self.out = tempfile.TemporaryDirectory()
         models = {"sft": Explicit(self.llm), "phase 1": Superposition(self.encoder, self.llm, tokenizer.n_ordinary,
                   args.top_k, False), "phase 3": LatentReasoner(self.llm)}
@@ -176,34 +176,15 @@ class Bench:
         jobs |= {"compress": self.compress, "phase 3": lambda: self.train("phase 3")}
         return jobs | {"latent decoding": lambda: self.decode(True), "explicit decoding": lambda: self.decode(False)}
 
-    def work(self, name):
-        """(FLOPs, real tokens) of a job."""
-        c, config, flops, tokens = self.args.chunk_size, self.llm.config, 0, 0
-        to_z = 2 * config.n_embd * self.env.tokenizer.n_ordinary
-        for b, enc, sup in zip(self.batches, self.enc, self.sup):
-            (B, Te), (_, Tl), N, n = enc.ids.shape, sup.ids.shape, enc.mark.size(1), chunks(b.ns, c)
-            if name == "sft":
-                seq = explicit_layout(b)
-                flops += 3 * forward_flops(config, B, seq.ids.size(1), seq.ids.size(1), seq.at.size(1))
-                tokens += b.nx + b.ns + b.na
-            elif name == "phase 1":
-                flops += 3 * (forward_flops(config, B, Te, Te, N) + B * N * to_z)
-                flops += 3 * forward_flops(config, B, Tl, Tl, sup.at.size(1))
-                tokens += (b.nx + b.ns + n) + (b.nx + np.maximum(b.ns - c, 0) + n + b.na)
-            elif name == "compress":
-                flops += forward_flops(config, B, Te, Te, N)
-                tokens += b.nx + b.ns + n
-            elif name == "phase 3":
-                seq = llm_layout(b, c, text=False)
-                flops += 3 * forward_flops(config, B, seq.ids.size(1), seq.ids.size(1), N + seq.at.size(1))
-                tokens += b.nx + n + b.na
-            else:
-                latents, written = self.caps(b, name.startswith("latent"))
-                T, steps = b.x.shape[1], latents + written - 1
-                flops += forward_flops(config, B, T, T, 1) + B * latents * to_z
-                flops += sum(forward_flops(config, B, 1, T + step + 1, 1) for step in range(steps))
-                tokens += np.full(B, latents + written)
-        return flops, int(np.sum(tokens))
+    def tokens(self, name):
+        """Real tokens and latents a job reads, or writes."""
+        c, total = self.args.chunk_size, 0
+        for b in self.batches:
+            n, rest = chunks(b.ns, c), np.maximum(b.ns - c, 0)
+            latents, written = self.caps(b, name.startswith("latent"))
+            total += {"sft": b.nx + b.ns + b.na, "phase 1": 2 * b.nx + b.ns + rest + 2 * n + b.na, "phase 3": b.nx + n + b.na,
+                      "compress": b.nx + b.ns + n}.get(name, np.full(len(b.rows), latents + written)).sum()
+        return int(total)
 
 
 # ------------------------------------------------------------------------- what the layouts and the cache replace
@@ -214,7 +195,7 @@ class Loops(Bench):
     def __init__(self, args, env):
         super().__init__(args, env)
         batch, c, t, device = self.batches[-1], args.chunk_size, self.env.tokenizer, env.device
-        self.batches, self.e, self.l = [batch], self.enc[-1], self.sup[-1]
+        self.e, self.l = encoder_layout(batch, c, t.sum).to(device), llm_layout(batch, c).to(device)
         n = chunks(batch.ns, c)
         B, N = self.e.mark.shape
         self.z = torch.randn(B, N, args.n_embd, device=device, requires_grad=True)
@@ -320,7 +301,7 @@ def parts_table(bench, repeats):
     print(f"\n{bench.args.dtype} matmul: {rate / 1e9:.1f} GFLOP/s\n\n{'':18}{'ms':>9}{'tokens/s':>11}{'GFLOP':>9}"
           f"{'GFLOP/s':>9}{'of matmul':>11}{'peak MiB':>10}{'data, ms':>10}{'of a step':>11}")
     for name, job in bench.jobs().items():
-        flops, tokens = bench.work(name)
+        flops, tokens = count_flops(job), bench.tokens(name)
         seconds = statistics.median(times[name])
         row = table[name] = dict(ms=1e3 * seconds / passes, tokens_per_s=tokens / seconds, gflop=flops / passes / 1e9,
                                  gflops=flops / seconds / 1e9, peak_mib=job_memory(bench, name, job),
@@ -342,8 +323,9 @@ def job_memory(bench, name, job):
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
         job()
-        weights = sum(p.numel() for p in (bench.runs[name].parameters if name in bench.runs else bench.llm.parameters()))
-        return peak_memory(device) + (weights * (12 if name in bench.runs else 4) - before) / 2 ** 20
+        run = bench.runs.get(name)
+        own = sum(12 * p.numel() for p in run.parameters) if run else sum(4 * p.numel() for p in bench.llm.parameters())
+        return peak_memory(device) + (own - before) / 2 ** 20
     return peak_memory(device)
 
 
@@ -360,7 +342,8 @@ def scaling_table(args, env, repeats):
             else:
                 setattr(mine, {"chunk size": "chunk_size", "batch": "batch_size", "width": "n_embd"}[axis], v)
             benches[v] = Bench(mine, env, scale=v if axis == "length" else 1, count=3 * mine.batch_size)
-        times = timed({(v, name): job for v, b in benches.items() for name, job in b.jobs().items()}, repeats, env.device)
+        jobs = {(v, name): job for v, b in benches.items() for name, job in b.jobs().items()}
+        times = timed(jobs, repeats, env.device)
         names = list(benches[values[0]].jobs())
         print(f"\n{axis + ', ms':18}" + "".join(f"{name:>19}" for name in names))
         for v in values:
@@ -370,7 +353,7 @@ def scaling_table(args, env, repeats):
         first, last = values[0], values[-1]
         print(f"{'time, FLOPs':18}" + "".join("{:>19}".format(
             f"×{quotient(times[last, name], times[first, name]):.1f}, ×"
-            f"{benches[last].work(name)[0] / benches[first].work(name)[0]:.1f}") for name in names))
+            f"{count_flops(jobs[last, name]) / count_flops(jobs[first, name]):.1f}") for name in names))
     return scaling
 
 
@@ -383,14 +366,16 @@ def main():
     p.set_defaults(**{k: v for k, v in preset.items() if k != "steps"})
     args, env = common.setup(p, "sup")
     repeats = 3 if args.quick else 7
-    machine = torch.cuda.get_device_name(env.device) if env.device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    cuda = env.device.type == "cuda"
+    machine = torch.cuda.get_device_name(env.device) if cuda else f"CPU, {torch.get_num_threads()} threads"
     print(f"{machine}, torch {torch.__version__}")
     rate, parts = parts_table(Bench(args, env), repeats)
     ratios = Loops(args, env).ratios(repeats)
     print("\nratios " + "  ".join(f"{name} {value:.2f}" for name, value in ratios.items()))
     scaling = {} if args.quick else scaling_table(args, env, 3)
     if args.json:
-        content = dict(machine=machine, config=env.config, matmul_gflops=rate / 1e9, parts=parts, ratios=ratios, scaling=scaling)
+        content = dict(machine=machine, config=env.config, matmul_gflops=rate / 1e9, parts=parts, ratios=ratios,
+                       scaling=scaling)
         args.json.write_text(json.dumps(content, indent=1) + "\n", "utf-8")
 
 

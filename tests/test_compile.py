@@ -24,14 +24,16 @@ def problems():
     """Three buckets of problems of quite different lengths, some with a chain that ends in a short chunk."""
     def text(n):
         return " ".join(["1"] * n)
-    words = SimpleNamespace(encode_ordinary_batch=lambda texts: [[1] * len(t.replace("#### ", "").split()) for t in texts])
-    rows = [dict(question=text(q), chain=text(s), answer=text(1)) for q, s in
-            [(4, 5), (5, 6), (4, 6), (6, 5), (9, 11), (10, 12), (9, 12), (10, 10), (16, 20), (17, 20), (17, 21), (18, 22)] * 2]
+    def encode(text):
+        return [1] * len(text.split())
+    words = SimpleNamespace(encode_ordinary=encode, encode_ordinary_batch=lambda texts: [encode(t) for t in texts])
+    sizes = [(4, 5), (5, 6), (4, 6), (6, 5), (9, 11), (10, 12), (9, 12), (10, 10), (16, 20), (17, 20), (17, 21), (18, 22)]
+    rows = [dict(question=text(q), chain=text(s), answer=text(1)) for q, s in sizes * 2]
     return Problems(rows, SimpleNamespace(**vars(VOCAB), encoding=words), 64)
 
 
 def module_and_inputs(phase):
-    """The phase's module, and the function from a batch to what its forward takes, as the script's loop has it."""
+    """The phase's module, and the function from a batch to what its forward takes, as in the script's loop."""
     llm, encoder = (GPT(GPTConfig(VOCAB.n_vocab, 64, n_layer=2, n_head=2, n_embd=16)) for _ in range(2))
     if phase == "sft":
         return train_sup.Explicit(llm), lambda batch, step: (explicit_layout(batch),)
@@ -53,13 +55,13 @@ def test_as_many_graphs_as_widths(phase, problems, tmp_path, monkeypatch):
     def backend(graph, inputs):
         made.append(graph)
         return graph
-    monkeypatch.setattr(torch, "compile", lambda module, **kw: compiler(module, **{**kw, "backend": backend}))
+    monkeypatch.setattr(torch, "compile", lambda m, **kw: compiler(m, backend=backend, **kw))
     dynamo.reset()
     dynamo.utils.counters.clear()
     torch.manual_seed(0)
     module, inputs = module_and_inputs(phase)
-    args = SimpleNamespace(out=tmp_path, lr=1e-3, resume=False, overwrite=False, compile=True, batch_size=BATCH, seed=0,
-                           eval_every=10)
+    args = SimpleNamespace(out=tmp_path, lr=1e-3, resume=False, overwrite=False, compile=True, batch_size=BATCH,
+                           seed=0, eval_every=10)
     env = SimpleNamespace(device=torch.device("cpu"), rank=0, world=1, config={},
                           autocast=lambda: torch.autocast("cpu", enabled=False))
     run, widths, graphs = common.Run(phase, args, env, module, {"llm": module.llm}, problems, 30), set(), []

@@ -1,4 +1,4 @@
-"""Two processes on one CPU learn what one process learns from the same global batch; torchrun's variables say who is who."""
+"""Two processes on one CPU learn what one process learns from the same global batch."""
 import json
 import os
 import shutil
@@ -56,7 +56,7 @@ def test_two_processes_learn_what_one_does(tmp_path, monkeypatch):
     latent = "--steps 4 --batch-size 8 --lr 1e-3 --out "
     train_latent.main([*latent.split(), "one"])
 
-    ended = processes(2, "sup", " ".join([*TINY, "--overwrite", "--out", "two_sup"]), "latent", latent + "two", cwd=tmp_path)
+    ended = processes(2, "sup", " ".join([*TINY, "--out", "two_sup"]), "latent", latent + "two", cwd=tmp_path)
     assert [status for status, _ in ended] == [0, 0], ended[0][1] + ended[1][1]
     assert "validation" in ended[0][1] and "validation" not in ended[1][1]  # the first process says and writes it all
     for name, folder in ("sft", "two_sup"), ("sup", "two_sup"), ("latent", "two"):
@@ -73,7 +73,7 @@ def test_two_processes_learn_what_one_does(tmp_path, monkeypatch):
 @pytest.mark.parametrize("phase", ["sup", "compress"])
 def test_what_cannot_be_shared_out_is_said_in_one_sentence(phase, monkeypatch, tmp_path):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setattr(common.dist, "init_process_group", lambda *_: pytest.fail("refuse before waiting for the others"))
+    monkeypatch.setattr(common.dist, "init_process_group", lambda *_: pytest.fail("refuse before waiting for others"))
     monkeypatch.setattr(common, "load_checkpoint", lambda path: {"config": dict.fromkeys(common.INHERITED)})
     with pytest.raises(data.UserError, match="--batch-size 7 .*2 processes" if phase == "sup" else "one process"):
         common.setup(common.parser("", phase), phase, ["--batch-size", "7", "--device", "cpu", "--out", str(tmp_path)])
