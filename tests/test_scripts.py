@@ -78,7 +78,7 @@ def test_flags_that_change_the_path(call, flags, latent, K):
 
 @pytest.mark.parametrize("cot", ["steps", "text"])
 def test_a_file_of_your_own(call, gpt2_tokenizer, cot, capsys):
-    pipeline(call, "--data", ROOT / "tests" / "sample.jsonl", "--cot", cot, "--block-size", 192)
+    pipeline(call, "--data", ROOT / "tests" / "sample.jsonl", "--cot", cot, "--chunk-size", 8, "--block-size", 192)
     call("analyze", "--out", "run")
     capsys.readouterr()
     call("analyze", "--out", "run", "--ask", "How many quaggas, 𝔸nn?")
