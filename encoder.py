@@ -219,6 +219,8 @@ def superpose_sparse(values, ids, E):
 
 def place(x, z, latent):
     """Put z (B, N, C) into the token embeddings x (B, T, C) where `latent` (B, T) says so: one gather."""
+    if not z.size(1):  # no chain of thought at all: nothing to place
+        return x
     which = (latent - 1).clamp(min=0)[:, :, None].expand(-1, -1, z.size(2))  # (B, T, C)
     return torch.where(latent[:, :, None] > 0, z.to(x.dtype).gather(1, which), x)
 

@@ -91,6 +91,7 @@ def test_problems_without_a_chain_of_thought(call, gpt2_tokenizer, tmp_path):
         (tmp_path / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)))
     store = pipeline(call, "--data", tmp_path)
     assert store["offsets"][-1] == 0
+    call("analyze", "--limit", 4, "--out", "run")
 
 
 def test_the_store_holds_the_summaries_of_its_problems(call, toy_tokenizer):
