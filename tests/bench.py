@@ -88,10 +88,9 @@ def stand_in(n_ordinary):
     """A tokenizer whose texts are numbers, each a token."""
     def encode(text):
         return [int(word) for word in text.replace("#### ", "").split()]
-    encoding = SimpleNamespace(encode_ordinary=encode, encode_ordinary_batch=lambda texts: [encode(t) for t in texts])
     ids = dict(zip(("eos", "bot", "eot", "sum"), range(n_ordinary, n_ordinary + 4)))
-    return SimpleNamespace(encoding=encoding, name="stand-in", **ids, n_ordinary=n_ordinary,
-                           n_vocab=-(-(n_ordinary + 4) // 64) * 64)
+    return SimpleNamespace(encoding=SimpleNamespace(encode_ordinary=encode), name="stand-in", **ids,
+                           n_ordinary=n_ordinary, n_vocab=-(-(n_ordinary + 4) // 64) * 64)
 
 
 def some_problems(tokenizer, count, block_size, x, s, a, scale=1):
@@ -182,8 +181,9 @@ class Bench:
         for b in self.batches:
             n, rest = chunks(b.ns, c), np.maximum(b.ns - c, 0)
             latents, written = self.caps(b, name.startswith("latent"))
-            total += {"sft": b.nx + b.ns + b.na, "phase 1": 2 * b.nx + b.ns + rest + 2 * n + b.na, "phase 3": b.nx + n + b.na,
-                      "compress": b.nx + b.ns + n}.get(name, np.full(len(b.rows), latents + written)).sum()
+            total += {"sft": b.nx + b.ns + b.na, "phase 1": 2 * b.nx + b.ns + rest + 2 * n + b.na,
+                      "compress": b.nx + b.ns + n, "phase 3": b.nx + n + b.na,
+                      }.get(name, np.full(len(b.rows), latents + written)).sum()
         return int(total)
 
 

@@ -24,11 +24,10 @@ def problems():
     """Three buckets of problems of quite different lengths, some with a chain that ends in a short chunk."""
     def text(n):
         return " ".join(["1"] * n)
-    def encode(text):
-        return [1] * len(text.split())
-    words = SimpleNamespace(encode_ordinary=encode, encode_ordinary_batch=lambda texts: [encode(t) for t in texts])
-    sizes = [(4, 5), (5, 6), (4, 6), (6, 5), (9, 11), (10, 12), (9, 12), (10, 10), (16, 20), (17, 20), (17, 21), (18, 22)]
-    rows = [dict(question=text(q), chain=text(s), answer=text(1)) for q, s in sizes * 2]
+    words = SimpleNamespace(encode_ordinary=lambda text: [1] * len(text.split()))
+    sizes = [(4, 5), (5, 6), (4, 6), (6, 5),
+             (9, 11), (10, 12), (9, 12), (10, 10), (16, 20), (17, 20), (17, 21), (18, 22)]
+    rows = [dict(question=text(q), chain=text(s), answer=text(1)) for q, s in 2 * sizes]
     return Problems(rows, SimpleNamespace(**vars(VOCAB), encoding=words), 64)
 
 
@@ -39,12 +38,14 @@ def module_and_inputs(phase):
         return train_sup.Explicit(llm), lambda batch, step: (explicit_layout(batch),)
     if phase == "sup":
         return (train_sup.Superposition(encoder, llm, VOCAB.n_ordinary, 0, False), lambda batch, step: (
-            encoder_layout(batch, C, VOCAB.sum), llm_layout(batch, C), train_sup.bags(batch, C), torch.tensor(1 - step / 30)))
+            encoder_layout(batch, C, VOCAB.sum), llm_layout(batch, C), train_sup.bags(batch, C),
+            torch.tensor(1 - step / 30)))
 
     def inputs(batch, step):
         seq = llm_layout(batch, C, text=False)
         shape = (BATCH, seq.mark.size(1), K)
-        return seq, torch.full(shape, 1 / K), torch.zeros(shape, dtype=torch.int64), train_latent.gumbel_noise(0, step, shape)
+        values, ids = torch.full(shape, 1 / K), torch.zeros(shape, dtype=torch.int64)
+        return seq, values, ids, train_latent.gumbel_noise(0, step, shape)
     return train_latent.LatentReasoner(llm), inputs
 
 
