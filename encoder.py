@@ -257,7 +257,9 @@ def decode(llm, tokenizer, x, length, latent=False, top_k=0, max_latents=0, max_
     B, T, _ = x.shape
     device, t = x.device, tokenizer
     steps = min((max_latents if latent else 0) + max_tokens, llm.config.block_size - int(length.min()))
-    cache = KVCache(llm.config, B, T + max(steps, 0), device, llm.h[0].attn.c_attn.weight.dtype)
+    auto = torch.is_autocast_enabled(device.type)  # keys and values come in autocast's dtype: store them so
+    dtype = torch.get_autocast_dtype(device.type) if auto else llm.wte.weight.dtype
+    cache = KVCache(llm.config, B, T + max(steps, 0), device, dtype)
     slots = torch.arange(T + max(steps, 0), device=device)
     visible = (slots < length[:, None]) | (slots >= T)  # (B, S): the prompt's own slots, and those to come
     pos = slots[:T].clamp(max=llm.config.block_size - 1)  # padding may reach beyond the last position
