@@ -24,7 +24,7 @@ import numpy as np
 import torch
 
 import common
-from data import Problems, Ragged, known_paths, to_number
+from data import Problems, Ragged, known_paths, splits, to_number
 from encoder import chunks, encoder_layout, evaluate, place, summarize, superpose
 from train_sup import bags
 
@@ -350,7 +350,7 @@ def main(argv=None):
     top_k = {"text": 0, "latent": latent["config"]["store_top_k"], "gold": sup["config"]["top_k"]}
     env.c, env.caps, env.size = args.chunk_size, latent["config"]["caps"], args.batch_size
     if args.ask is None:
-        train, env.test = common.splits(args, env, ["train", "test"])
+        train, env.test = splits(args, env, ["train", "test"])
         common.require_same(args.out / "sup.pt", sup["config"], fingerprint=train.fingerprint)
     else:
         env.test = Problems([{"question": args.ask, "chain": "", "answer": "0"}], env.tokenizer, args.block_size)

@@ -28,7 +28,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from data import Problems, Tokenizer, UserError, load
+from data import Tokenizer, UserError
 from model import GPT, GPT2, GPTConfig
 
 PRESETS = {  # the defaults that depend on --data; "gsm8k" is that of everything but the toy task
@@ -222,6 +222,25 @@ def build(checkpoint, name, device):
     return model.eval()
 
 
+def initial_model(args, env):
+    """--init: a new GPT, OpenAI's GPT-2, or the LLM of a checkpoint; the flags of its shape then follow it."""
+    if args.init in GPT2:
+        model = GPT.from_gpt2(args.init, env.tokenizer.n_vocab)
+    elif args.init != "scratch":
+        saved = load_checkpoint(Path(args.init))
+        require_same(args.init, saved["config"], tokenizer=env.tokenizer.name)
+        model = build(saved, "llm", "cpu")
+    else:
+        try:
+            model = GPT(GPTConfig(env.tokenizer.n_vocab, args.block_size, args.n_layer, args.n_head, args.n_embd))
+        except ValueError as error:
+            raise UserError(str(error))
+    for field in SHAPE:
+        env.config[field] = getattr(model.config, field)
+        setattr(args, field, env.config[field])
+    return model.to(env.device)
+
+
 # ------------------------------------------------------------------------------------------- training loop
 
 class Interrupt:
@@ -289,13 +308,15 @@ class Run:
 
     def __iter__(self):
         """Yield the batches; what makes batch t depends on (seed, t) alone, so resuming is counting on."""
-        if self.step >= self.steps > 0:
+        if self.step == self.steps == 0 and self.env.rank == 0:  # no update asked for: what it starts from is the model
+            save_checkpoint(self.path, config=self.config, step=0, score=0.0, models=self.weights())
+        if self.step >= self.steps:
             return
         bar = tqdm(total=self.steps, initial=self.step, desc=self.name, disable=self.env.rank > 0, mininterval=1)
         self.start = time.time()
-        with Interrupt() as stop, bar:
+        with Interrupt() as self.stop, bar:
             while self.step < self.steps:
-                if stop.pressed:
+                if self.stop.pressed:
                     self.save_state()
                     raise UserError(f"stopped after {self.step} of {self.steps} updates of {self.name} and saved; go on "
                                     "with the same command and --resume")
@@ -314,8 +335,10 @@ class Run:
         figures = {"loss": loss.detach(), **{k: v.detach() for k, v in figures.items()}}
         values = torch.stack([v.float() for v in figures.values()])
         if self.env.world > 1:
+            values = torch.cat([values, values.new_tensor([self.stop.pressed])])
             dist.all_reduce(values)
             values /= self.env.world
+            self.stop.pressed = bool(values[-1] > 0)  # all stop after the same update
         self.last = dict(zip(figures, values.tolist()))
         if not math.isfinite(self.last["loss"]):
             raise UserError(f"the loss of {self.name} is {self.last['loss']} at step {self.step}: nothing was saved since the "
@@ -351,11 +374,9 @@ class Run:
         self.save_state()
 
     def best_model(self, name):
-        """The model this run kept; saved now if it made no update (--steps 0)."""
-        if not self.path.exists() and self.env.rank == 0:
-            save_checkpoint(self.path, config=self.config, step=0, score=0.0, models=self.weights())
+        """The model this run kept."""
         if self.env.world > 1:
-            dist.barrier()
+            dist.barrier()  # until rank 0 has written it
         return build(load_checkpoint(self.path), name, self.env.device)
 
     def weights(self):
@@ -365,40 +386,3 @@ class Run:
         if self.env.rank == 0:
             save_checkpoint(self.state, config=self.config, step=self.step, best=self.best, models=self.weights(),
                             optimizer=self.optimizer.state_dict())
-
-
-# ------------------------------------------------------------------------------------------- data and model
-
-def caps(train, c):
-    """(latents, tokens): as long as the longest chain trained on, and a few tokens more for the answer."""
-    longest = int(train.s.length.max())
-    return -(-longest // c), longest + int(train.a.length.max()) + 4
-
-
-def splits(args, env, names=("train", "val"), no_cot=False):
-    """The Problems of these splits; says how many there are and how many were too long."""
-    found = [Problems(load(args.data, split, args.data_dir, args.cot, args.seed), env.tokenizer, args.block_size,
-                      no_cot=no_cot) for split in names]
-    if env.rank == 0:
-        print("; ".join(f"{split}: {len(p)} problems, {p.dropped} dropped as longer than --block-size {args.block_size}"
-                        for split, p in zip(names, found)))
-    return found
-
-
-def initial_model(args, env):
-    """--init: a new GPT, OpenAI's GPT-2, or the LLM of a checkpoint; the flags of its shape then follow it."""
-    if args.init in GPT2:
-        model = GPT.from_gpt2(args.init, env.tokenizer.n_vocab)
-    elif args.init != "scratch":
-        saved = load_checkpoint(Path(args.init))
-        require_same(args.init, saved["config"], tokenizer=env.tokenizer.name)
-        model = build(saved, "llm", "cpu")
-    else:
-        try:
-            model = GPT(GPTConfig(env.tokenizer.n_vocab, args.block_size, args.n_layer, args.n_head, args.n_embd))
-        except ValueError as error:
-            raise UserError(str(error))
-    for field in SHAPE:
-        env.config[field] = getattr(model.config, field)
-        setattr(args, field, env.config[field])
-    return model.to(env.device)

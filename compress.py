@@ -20,7 +20,7 @@ import torch
 from tqdm import tqdm
 
 import common
-from data import UserError
+from data import UserError, splits
 from encoder import chunks, encoder_layout, keep_top, summarize
 
 SAVE_EVERY = 20  # batches between two notes of how far the work has come
@@ -72,7 +72,7 @@ def main(argv=None):
     K = min(args.top_k or phase1["top_k"] or 50, tokenizer.n_ordinary)
 
     # data and model
-    train, = common.splits(args, env, ["train"])
+    train, = splits(args, env, ["train"])
     common.require_same(args.out / "sup.pt", phase1, fingerprint=train.fingerprint)
     encoder = common.build(env.parent, "encoder", env.device)
 

@@ -311,8 +311,23 @@ class Problems:
         rows, bucket = self.batches[at]
         return self.batch(rows[rank::world], bucket)
 
+    def caps(self, c):
+        """(latents, tokens) that decoding stops at: the longest chain here, and a few tokens more for the answer."""
+        longest = int(self.s.length.max())
+        return -(-longest // c), longest + int(self.a.length.max()) + 4
+
     def eval_batches(self, size, limit=None):
         """Every problem once (or the first `limit` problems), the shortest first."""
         rows = self.order if limit is None else self.order[self.order < limit]
         for i in range(0, len(rows), size):
             yield self.batch(rows[i:i + size], rows[i:i + size])
+
+
+def splits(args, env, names=("train", "val"), no_cot=False):
+    """The Problems of these splits; says how many there are and how many were too long."""
+    found = [Problems(load(args.data, split, args.data_dir, args.cot, args.seed), env.tokenizer, args.block_size,
+                      no_cot=no_cot) for split in names]
+    if env.rank == 0:
+        print("; ".join(f"{split}: {len(p)} problems, {p.dropped} dropped as longer than --block-size {args.block_size}"
+                        for split, p in zip(names, found)))
+    return found

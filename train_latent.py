@@ -14,6 +14,7 @@ import torch.nn as nn
 
 import common
 from compress import Store
+from data import splits
 from encoder import evaluate, llm_layout, place, superpose_sparse
 from train_sup import weighted_nll
 
@@ -70,10 +71,10 @@ def main(argv=None):
     tokenizer, c = env.tokenizer, args.chunk_size
 
     # data and model
-    train, val = common.splits(args, env)
+    train, val = splits(args, env)
     encoder = common.identity(env.parent["models"]["encoder"])
     store = Store(args.out / "latents", fingerprint=train.fingerprint, chunk_size=c, tokenizer=tokenizer.name, encoder=encoder)
-    caps = common.caps(train, c)
+    caps = train.caps(c)
     llm = common.build(env.parent, "llm", env.device)
     env.config.update(encoder=encoder, store_top_k=store.top_k, caps=list(caps))
 

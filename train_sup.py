@@ -17,6 +17,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import common
+from data import splits
 from encoder import (encoder_layout, evaluate, explicit_layout, llm_layout, place, summarize, superpose,
                      supervision_mask)
 
@@ -99,8 +100,8 @@ def main(argv=None):
 
     # data and model
     llm = common.initial_model(args, env)
-    train, val = common.splits(args, env, no_cot=args.no_cot)
-    caps = common.caps(train, c)
+    train, val = splits(args, env, no_cot=args.no_cot)
+    caps = train.caps(c)
 
     # explicit warm-up, or the no-CoT baseline
     run = common.Run("no_cot" if args.no_cot else "sft", args, env, Explicit(llm), {"llm": llm}, train, args.sft_steps)
