@@ -99,9 +99,9 @@ def setup(p, phase, argv=None):
         if hasattr(args, field) and getattr(args, field) is None or field in INHERITED and not hasattr(args, field):
             setattr(args, field, value)
     for field, value in vars(args).items():
-        least = 0 if field in ("steps", "sft_steps", "top_k", "seed", "noise", "bag") else 1
-        if type(value) is int and value < least or type(value) is float and not (value >= 0 and math.isfinite(value)):
-            raise UserError(f"--{field.replace('_', '-')} {value}: must be at least {least}")
+        least = 0 if type(value) is float or field in ("steps", "sft_steps", "top_k", "seed") else 1
+        if type(value) in (int, float) and not least <= value < math.inf:
+            raise UserError(f"--{field.replace('_', '-')} {value}: must be a number from {least} up")
 
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # as torchrun sets them
     if world > 1 and phase not in ("sup", "latent"):

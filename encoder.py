@@ -121,21 +121,30 @@ def llm_layout(batch, c, text=True):
                   np.concatenate([s_weight, a_weight], 1).astype(np.float32), (z_at - 1) * (i < n), n)
 
 
-def explicit_layout(batch):
-    """Plain SFT: X <bot> S <eot> Ans, causal; S and Ans are predicted, all with the same weight."""
+def explicit_layout(batch, c=1, cut=None):
+    """Plain SFT: X <bot> S <eot> Ans, causal; S and Ans are predicted, all with the same weight.
+
+    With cut int64 (B,), the first cut[b] chunks of c tokens stand there as latents, and the rest follows as text:
+
+        token     X  X  <bot>  z₀ z₁ e  <eot> Ans        cut = 2
+        position  0  1  2      3  4  5  6     7
+    """
     nx, ns, na = batch.nx[:, None], batch.ns[:, None], batch.na[:, None]
+    k = np.zeros_like(nx) if cut is None else cut[:, None]
+    read = np.minimum(k * c, ns)  # tokens of the chain that the latents stand for
     B, T = len(batch.rows), batch.width(lambda nx, ns, na: nx + ns + na)
-    ids = np.zeros((B, T), np.int64)
+    ids, latent = np.zeros((2, B, T), np.int64)
     x, j, a = (np.arange(part.shape[1]) for part in (batch.x, batch.s, batch.a))
+    s_at, a_at, text = nx + k + j - read, nx + k + ns - read + a, (j >= read) & (j < ns)
     put(ids, x, batch.x, x < nx)
-    put(ids, nx + j, batch.s, j < ns)
-    put(ids, nx + ns + a, batch.a, a < na)
-    zero, pos = np.zeros_like(ids), np.minimum(np.arange(T), nx + ns + na - 1)
-    keep = np.concatenate([j < ns, a < na], 1)
-    at, target = np.concatenate([nx + j, nx + ns + a], 1) - 1, np.concatenate([batch.s, batch.a], 1)
-    weight = (keep / (ns + na)).astype(np.float32)
-    return layout(ids, pos, zero, zero, at * keep, target * keep, weight,
-                  np.zeros((B, 1), np.int64), np.zeros((B, 1), np.int64))
+    put(latent, nx + j, j + 1, j < k)
+    put(ids, s_at, batch.s, text)
+    put(ids, a_at, batch.a, a < na)
+    zero, pos = np.zeros_like(ids), np.minimum(np.arange(T), nx + k + ns - read + na - 1)
+    keep = np.concatenate([text, a < na], 1)
+    at, target = np.concatenate([s_at, a_at], 1) - 1, np.concatenate([batch.s, batch.a], 1)
+    weight = (keep / (ns - read + na)).astype(np.float32)
+    return layout(ids, pos, zero, latent, at * keep, target * keep, weight, np.zeros((B, 1), np.int64), k)
 
 
 def layout(*arrays):

@@ -12,13 +12,14 @@ must predict chunk S_{i+1}. The only path from the loss to the encoder is throug
 """
 import copy
 
+import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
 import common
 from data import splits
-from encoder import (encoder_layout, evaluate, explicit_layout, llm_layout, place, summarize, superpose,
+from encoder import (chunks, encoder_layout, evaluate, explicit_layout, llm_layout, place, summarize, superpose,
                      supervision_mask)
 
 
@@ -69,7 +70,7 @@ class Superposition(nn.Module):
         super().__init__()
         self.encoder, self.llm, self.n_ordinary, self.top_k, self.local = encoder, llm, n_ordinary, top_k, local
 
-    def forward(self, enc, seq, bag, bag_weight):
+    def forward(self, enc, seq, bag, bag_weight, rest=None, rest_weight=0.0):
         alpha = summarize(self.encoder, enc, self.n_ordinary)               # (B, N, n_ordinary)
         z = superpose(alpha, self.llm.wte.weight, self.top_k)               # (B, N, C)
         x = place(self.llm.wte(seq.ids), z, seq.latent)                     # (B, T, C)
@@ -77,7 +78,11 @@ class Superposition(nn.Module):
         hidden = self.llm(x, seq.pos, mask, at=seq.at)                      # (B, P, C)
         sup = weighted_nll(self.llm.head(hidden), seq.target, seq.weight)
         kl = bag_loss(alpha, bag, enc.n)
-        return sup + bag_weight * kl, {"sup": sup, "bag": kl}
+        if rest is None:
+            return sup + bag_weight * kl, {"sup": sup, "bag": kl}
+        x = place(self.llm.wte(rest.ids), z, rest.latent)                   # (B, T, C)
+        more = weighted_nll(self.llm.head(self.llm(x, rest.pos, at=rest.at)), rest.target, rest.weight)
+        return sup + bag_weight * kl + rest_weight * more, {"sup": sup, "bag": kl, "rest": more}
 
 
 def bags(batch, c):
@@ -89,11 +94,19 @@ def bags(batch, c):
     return bag.view(len(bag), -1, c)  # (B, N, c)
 
 
+def some_cut(batch, c, seed, step, rank=0, world=1):
+    """int64 (B,): of every row so many chunks, 0 … n, drawn evenly; a function of (seed, step)."""
+    n = chunks(batch.ns, c)
+    return (np.random.default_rng([seed, step, 1]).random(len(n) * world)[rank::world] * (n + 1)).astype(np.int64)
+
+
 def main(argv=None):
     p = common.parser(__doc__, "sup")
     p.add_argument("--no-cot", action="store_true", help="train the baseline X <eot> Ans instead, as no_cot.pt, and stop")
     p.add_argument("--bag", type=float, default=1.0, help="bag-of-tokens warm-up: weight at the start (default 1; 0 = off)")
     p.add_argument("--bag-until", type=float, default=2.0, help="… reaching 0 at this multiple of the steps (default 2: half is left at the end)")
+    p.add_argument("--rest", type=float, default=0.0, help="weight of a second loss: after z_0 … z_i, i drawn anew, write all "
+                   "that follows as text, so that the LLM can go on from any latent (default 0 = off)")
     p.add_argument("--local", action="store_true", help="ablation: a chunk sees only its z and itself, as in the authors' code")
     args, env = common.setup(p, "sup", argv)
     tokenizer, c = env.tokenizer, args.chunk_size
@@ -119,8 +132,11 @@ def main(argv=None):
     run = common.Run("sup", args, env, module, {"encoder": encoder, "llm": llm}, train, args.steps)
     for batch in run:
         bag_weight = args.bag * max(0.0, 1 - run.step / max(1, args.bag_until * args.steps))
-        run.update(*run.forward(encoder_layout(batch, c, tokenizer.sum), llm_layout(batch, c), bags(batch, c),
-                                torch.tensor(bag_weight)))
+        inputs = [encoder_layout(batch, c, tokenizer.sum), llm_layout(batch, c), bags(batch, c), torch.tensor(bag_weight)]
+        if args.rest:
+            cut = some_cut(batch, c, args.seed, run.step, env.rank, env.world)
+            inputs += [explicit_layout(batch, c, cut), torch.tensor(args.rest)]
+        run.update(*run.forward(*inputs))
         if run.evaluates:
             run.keep(evaluate(llm, val, env, "gold", caps, encoder, c, args.top_k)["accuracy"])
 

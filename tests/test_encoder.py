@@ -96,6 +96,22 @@ def test_explicit_layout_is_the_text_itself():
 
 
 @pytest.mark.parametrize("c", SIZES)
+def test_some_latents_then_the_rest_as_text(c):
+    """Whatever the cut, 0 … n: every prediction is that of a plain pass over X z_0 … z_{k-1} S_k … S_{n-1} Ans."""
+    llm, batch = tiny(1), random_batch(CHAINS)
+    n = chunks(batch.ns, c)
+    z = torch.randn(len(CHAINS), max(n), 16, dtype=torch.float64)
+    for cut in (np.zeros_like(n), n, n // 2, np.maximum(n - 1, 0)):
+        seq = explicit_layout(batch, c, cut)
+        hidden = llm(place(llm.wte(seq.ids), z, seq.latent), seq.pos, at=seq.at)
+        for b, (X, S, answer) in enumerate(rows(batch, c)):
+            written, real = sum(S[cut[b]:], []) + answer, seq.weight[b] > 0
+            x = torch.cat([llm.wte(torch.tensor(X)), z[b, :cut[b]], llm.wte(torch.tensor(written))])
+            close(hidden[b][real], read(llm, x)[-len(written) - 1:-1])
+            assert seq.target[b][real].tolist() == written and seq.pos[b].max() == len(x) - 1
+
+
+@pytest.mark.parametrize("c", SIZES)
 def test_no_position_is_beyond_the_longest_problem(c):
     """A problem is kept if X S Ans fits the model; then every layout of it fits as well."""
     for seed in range(20):
