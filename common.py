@@ -188,7 +188,8 @@ def load_checkpoint(path):
     if not path.is_file():
         raise UserError(f"{path}: no such file" + (f"; run {script} first, with the same --out" if script else ""))
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        return {"config": saved["config"], **saved}
     except Exception as error:  # a truncated or foreign file fails in many ways
         raise UserError(f"{path}: not a checkpoint of this project ({type(error).__name__})")
 
@@ -210,8 +211,8 @@ def require_same(path, saved, **mine):
 
 def read_json(path):
     try:
-        return json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as error:
+        return dict(json.loads(path.read_text("utf-8")))
+    except (OSError, ValueError, TypeError) as error:
         raise UserError(f"{path}: cannot be read ({error})")
 
 

@@ -28,6 +28,7 @@ GSM8K_SHA256 = {
     "example_model_solutions.jsonl": "4bc62db838f8418365d51c627bd66294cbdca9fb7f01519cb13f0dce8c51580b",
 }
 TOY_SIZE = {"train": 16000, "val": 256, "test": 1000}
+LONGEST_LINE = 100_000  # characters
 NUMBER = re.compile(r"(?:(?<![\w)])[-+])?(?:\d[\d,]*)?\.?\d+(?:\s*/\s*\d+)?")
 
 
@@ -132,6 +133,8 @@ def read(file, parse, cot):
             for number, line in enumerate(lines, 1):
                 if line.strip():
                     try:
+                        if len(line) > LONGEST_LINE:
+                            raise ValueError(f"{len(line)} characters are no problem of grade school; the limit is {LONGEST_LINE}")
                         rows.append(parse(line, cot))
                     except ValueError as error:
                         raise UserError(f"{file}, line {number}: {error}")
@@ -142,9 +145,17 @@ def read(file, parse, cot):
     return rows
 
 
+def once(pairs):
+    if len(dict(pairs)) < len(pairs):
+        raise LookupError
+    return dict(pairs)
+
+
 def parse_gsm8k(line, cot):
     try:
-        row = json.loads(line)
+        row = json.loads(line, object_pairs_hook=once)
+    except LookupError:
+        raise ValueError("a key stands twice in the JSON object")
     except (ValueError, RecursionError):
         raise ValueError("expected a JSON object with the texts 'question' and 'answer', found no JSON")
     if not isinstance(row, dict) or not all(isinstance(row.get(k), str) for k in ("question", "answer")):
