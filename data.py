@@ -133,8 +133,8 @@ def read(file, parse, cot):
             for number, line in enumerate(lines, 1):
                 if line.strip():
                     try:
-                        if len(line) > LONGEST_LINE:
-                            raise ValueError(f"{len(line)} characters are no problem of grade school; the limit is {LONGEST_LINE}")
+                        if len(line.strip()) > LONGEST_LINE:
+                            raise ValueError(f"{len(line.strip())} characters are no problem of grade school; the limit is {LONGEST_LINE}")
                         rows.append(parse(line, cot))
                     except ValueError as error:
                         raise UserError(f"{file}, line {number}: {error}")
