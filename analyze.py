@@ -347,7 +347,7 @@ def main(argv=None):
     sup, latent = env.parent, common.load_checkpoint(args.out / "latent.pt")
     common.require_same(args.out / "latent.pt", latent["config"], fingerprint=sup["config"]["fingerprint"])
     llm, llm1, encoder = (common.build(m, name, env.device) for m, name in ((latent, "llm"), (sup, "llm"), (sup, "encoder")))
-    top_k = {"text": 0, "latent": latent["config"]["store_top_k"], "gold": sup["config"]["top_k"]}
+    top_k = {"text": 0, "latent": args.top_k or latent["config"]["store_top_k"], "gold": sup["config"]["top_k"]}
     env.c, env.caps, env.size = args.chunk_size, latent["config"]["caps"], args.batch_size
     if args.ask is None:
         train, env.test = splits(args, env, ["train", "test"])
@@ -396,4 +396,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    common.start(main)

@@ -56,8 +56,8 @@ def parser(doc, phase):
     add("--dtype", choices=["float32", "bfloat16"], help="of the matmuls (default: bfloat16 on cuda, else float32)")
     add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile the training step (default: on cuda)")
     add("--chunk-size", type=int, help="c, tokens of the chain in one latent token")
-    add("--top-k", type=int, help="entries of α kept: in z (phase 1; default 0 = all) and in the store (phase 2; "
-        "default 50)")
+    add("--top-k", type=int, help="entries of α kept: in z (phase 1; default: all), in the store (phase 2; default: 50), "
+        "of q in latent decoding (analysis; default: as many as the store)")
     add("--batch-size", type=int, help="problems in a batch")
     for flag in SHAPE:
         add("--" + flag.replace("_", "-"), type=int, help="of the model" if phase == "sup" else argparse.SUPPRESS)
@@ -226,7 +226,10 @@ def build(checkpoint, name, device):
 def initial_model(args, env):
     """--init: a new GPT, OpenAI's GPT-2, or the LLM of a checkpoint; the flags of its shape then follow it."""
     if args.init in GPT2:
-        model = GPT.from_gpt2(args.init, env.tokenizer.n_vocab)
+        try:
+            model = GPT.from_gpt2(args.init, env.tokenizer.n_vocab)
+        except (OSError, RuntimeError, ValueError) as error:
+            raise UserError(f"--init {args.init}: its weights could not be had ({error})")
     elif args.init != "scratch":
         saved = load_checkpoint(Path(args.init))
         require_same(args.init, saved["config"], tokenizer=env.tokenizer.name)

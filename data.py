@@ -8,6 +8,7 @@ Everything is tokenized once into flat arrays; a batch is a few vectorised gathe
 a few fixed widths (see Problems), so that a compiled model is compiled a few times and never again.
 """
 import hashlib
+import http.client
 import json
 import re
 import urllib.request
@@ -213,7 +214,7 @@ def fetch(file):
             file.parent.mkdir(parents=True, exist_ok=True)
             with urllib.request.urlopen(GSM8K_URL + file.name, timeout=60) as response:
                 part.write_bytes(response.read())
-        except OSError as error:
+        except (OSError, http.client.HTTPException) as error:
             raise UserError(f"{file}: not there, and its download failed ({error}); put GSM8K's files in a folder and "
                             "name it with --data-dir")
         if hashlib.sha256(part.read_bytes()).hexdigest() != wanted:

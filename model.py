@@ -26,6 +26,7 @@ GPT2 = {  # layers, heads, channels; all have 1024 positions
     "gpt2": (12, 12, 768), "gpt2-medium": (24, 16, 1024), "gpt2-large": (36, 20, 1280), "gpt2-xl": (48, 25, 1600),
 }
 GPT2_URL = "https://huggingface.co/openai-community/{}/resolve/main/pytorch_model.bin"
+GPT2_SHA256 = {"gpt2": "-7c5d3f4b8b76583b"}  # how the file's checksum begins, where we know it; torch reads it off the name
 
 
 @dataclass
@@ -157,12 +158,14 @@ class GPT(nn.Module):
 
         Downloads to torch's own cache on first use; `state` is a state dict to read instead.
         A new row is the mean of the old ones: GPT-2's logits are far below zero, so that a row near zero
-        would win every softmax. Raises ValueError where a tensor is missing or has another shape.
+        would win every softmax. Raises ValueError where a tensor is missing or has another shape, and what torch raises
+        (OSError, RuntimeError) where the download fails or has another checksum.
         """
         n_layer, n_head, n_embd = GPT2[name]
         if state is None:
-            state = torch.hub.load_state_dict_from_url(GPT2_URL.format(name), file_name=f"{name}.bin",
-                                                       map_location="cpu", weights_only=True)
+            state = torch.hub.load_state_dict_from_url(
+                GPT2_URL.format(name), file_name=f"{name}{GPT2_SHA256.get(name, '')}.bin", check_hash=True,
+                map_location="cpu", weights_only=True)
         state = {k.removeprefix("transformer."): v for k, v in state.items()}
         model = cls(GPTConfig(vocab_size, 1024, n_layer, n_head, n_embd))
         with torch.no_grad():

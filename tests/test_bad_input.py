@@ -132,6 +132,7 @@ def test_top_k_beyond_the_vocabulary_is_all_of_it(tmp_path):
     ("train_sup", [*TINY, "--batch-size", 4, "--resume"], "batch_size = 8, here it is 4"),
     ("compress", ["--batch-size", 4, "--resume"], "batch_size = "), ("analyze", ["--limit", 0], "--limit 0"),
     ("train_latent", ["--seed", 1, "--overwrite"], "contradicts"),
+    ("train_latent", ["--top-k", 7, "--steps", 1, "--overwrite"], "top_k = 50, here it is 7"),
 ])
 def test_a_folder_that_holds_something_else(finished, script, flags, says, capsys):
     refused(script, ["--out", finished, *flags], finished, says, capsys)
@@ -155,7 +156,7 @@ class Malice:
 @pytest.mark.parametrize("spoil, says", [
     (lambda f: f.write_bytes(b""), "not a checkpoint"),
     (lambda f: f.write_bytes(f.read_bytes()[:1000]), "not a checkpoint"),
-    (lambda f: f.write_bytes(pickle.dumps(Malice())), "not a checkpoint"),
+    (lambda f: f.write_bytes(pickle.dumps(Malice(), 2)), "not a checkpoint"),
     (lambda f: torch.save({"models": Malice()}, f), "not a checkpoint"),
     (lambda f: torch.save({"hello": 1}, f), "not a checkpoint"),
     (lambda f: f.unlink(), "no such file"),

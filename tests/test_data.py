@@ -1,4 +1,7 @@
 """Problems: the toy task, the loaders, the tokenizers, scoring, and what makes a batch."""
+import hashlib
+import http.client
+import io
 import json
 import re
 from decimal import Decimal
@@ -7,6 +10,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 
+import data
 import toy
 from conftest import ROOT
 from data import TOY_SIZE, Problems, UserError, load, split_of, to_number
@@ -242,3 +246,40 @@ def test_what_is_too_long_is_dropped_and_counted(problems, toy_tokenizer):
     assert fewer.fingerprint != problems.fingerprint
     with pytest.raises(UserError, match="all 101 are longer"):
         Problems(problems.problems, toy_tokenizer, 5)
+
+
+# ------------------------------------------------------------------------------------------------------- downloads
+
+@pytest.mark.parametrize("arrives, says", [
+    (lambda: io.BytesIO(b"half of it"), "checksum"),
+    (lambda: Broken(OSError("connection reset")), "connection reset"),
+    (lambda: Broken(http.client.IncompleteRead(b"half")), "IncompleteRead"),
+])
+def test_a_download_that_is_not_whole_leaves_nothing(tmp_path, monkeypatch, arrives, says):
+    monkeypatch.setattr(data.urllib.request, "urlopen", lambda *_, **__: arrives())
+    with pytest.raises(UserError, match=says):
+        load("gsm8k", "train", tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_download_with_the_right_checksum_is_kept(tmp_path, monkeypatch):
+    content = f"{GOOD}\n".encode()
+    monkeypatch.setitem(data.GSM8K_SHA256, "train.jsonl", hashlib.sha256(content).hexdigest())
+    monkeypatch.setattr(data.urllib.request, "urlopen", lambda *_, **__: io.BytesIO(content))
+    assert load("gsm8k", "train", tmp_path) == load(str(tmp_path), "train")
+    assert [p.name for p in tmp_path.iterdir()] == ["train.jsonl"]
+
+
+def test_a_file_that_is_not_the_published_one_is_refused(tmp_path):
+    (tmp_path / "train.jsonl").write_text(GOOD)
+    with pytest.raises(UserError, match="not GSM8K as published"):
+        load("gsm8k", "train", tmp_path)
+
+
+class Broken(io.BytesIO):
+    def __init__(self, error):
+        super().__init__()
+        self.error = error
+
+    def read(self, *_):
+        raise self.error

@@ -1,11 +1,14 @@
 """The GPT: what it sees, its cache, and GPT-2's weights read in."""
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+import common
 import model
 from conftest import VOCAB, close, tiny
+from data import UserError
 from model import GPT, GPTConfig, KVCache
 
 
@@ -125,3 +128,14 @@ def test_gpt2_weights_that_do_not_fit(small_gpt2, change, complaint):
     change(state)
     with pytest.raises(ValueError, match=complaint):
         GPT.from_gpt2("gpt2", vocab_size=16, state=state)
+
+
+@pytest.mark.parametrize("file, says", [("other.bin", "invalid hash value"), ("nowhere.bin", "nowhere.bin")])
+def test_gpt2_weights_that_do_not_come(monkeypatch, tmp_path, file, says):
+    """Through torch's own downloader: another file than the published one is refused, and nothing of it is kept."""
+    torch.save({"wte.weight": torch.zeros(2, 2)}, tmp_path / "other.bin")
+    monkeypatch.setattr(model, "GPT2_URL", (tmp_path / file).as_uri())
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+    with pytest.raises(UserError, match=f"--init gpt2: .*{says}"):
+        common.initial_model(SimpleNamespace(init="gpt2"), SimpleNamespace(tokenizer=SimpleNamespace(n_vocab=50304)))
+    assert list((tmp_path / "hub" / "checkpoints").iterdir()) == []

@@ -1,5 +1,6 @@
 """A run that was killed and goes on ends bit for bit as one that never was."""
 import json
+import signal
 
 import pytest
 import torch
@@ -74,6 +75,43 @@ def test_a_killed_run_ends_as_one_that_never_was(tmp_path, monkeypatch, method, 
         assert logs[0] == logs[1]
     for file in ("values.npy", "ids.npy", "offsets.npy"):
         assert (whole / "latents" / file).read_bytes() == (killed / "latents" / file).read_bytes()
+
+
+def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path, monkeypatch):
+    """Every loop is interrupted once, between two saves, by the signal itself; gone on with, it ends as if it had not been."""
+    whole, stopped, said = tmp_path / "whole", tmp_path / "stopped", []
+    pipeline(whole)
+    update, summarize, met = common.Run.update, compress.summarize, set()
+
+    def press(name):
+        if name not in met:
+            met.add(name)
+            signal.raise_signal(signal.SIGINT)
+
+    def pressed_update(run, *args):
+        update(run, *args)
+        if run.step == 1:
+            press(run.name)
+
+    def pressed_summarize(*args):
+        press("compress")
+        return summarize(*args)
+
+    monkeypatch.setattr(common.Run, "update", pressed_update)
+    monkeypatch.setattr(compress, "summarize", pressed_summarize)
+    for _ in range(9):
+        try:
+            pipeline(stopped, "--resume")
+            break
+        except data.UserError as error:
+            said.append(str(error))
+    assert [text.split(" and saved")[0] for text in said] == [
+        "stopped after 1 of 4 updates of sft", "stopped after 1 of 4 updates of sup", "stopped after 1 of 8 batches",
+        "stopped after 1 of 4 updates of latent"] and all("--resume" in text for text in said)
+    for name in ("sft.pt", "sup.pt", "latent.pt"):
+        assert same(*(torch.load(out / name, weights_only=True) for out in (whole, stopped))), name
+    assert (whole / "latents" / "values.npy").read_bytes() == (stopped / "latents" / "values.npy").read_bytes()
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_an_interrupted_store_is_finished_byte_for_byte(tmp_path, monkeypatch):
