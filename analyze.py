@@ -18,6 +18,7 @@ import json
 import math
 from functools import partial
 from html import escape
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -234,19 +235,7 @@ def measure_parallelism(env, lats, paths):
 
 # ------------------------------------------------------------------------------------------------------- the picture
 
-STYLE = """
-:root{color-scheme:light dark;--ink:#1d2330;--soft:#667085;--line:#e3e6ec;--page:#fff;--card:#f6f7f9;--c0:#2f6fdb;--c1:#c9731f;--c2:#23885a}
-@media(prefers-color-scheme:dark){:root{--ink:#e4e7ee;--soft:#98a2b3;--line:#2d3442;--page:#12151c;--card:#1a1f29;--c0:#6ea4ff;--c1:#f0a75a;
---c2:#5cc998}}body{font:16px/1.55 system-ui,sans-serif;color:var(--ink);background:var(--page);max-width:60rem;margin:auto;padding:1rem 1rem 4rem}
-h1{font-size:1.5rem}h2{font-size:1.15rem;margin:2.6rem 0 .4rem}p,small,figcaption{color:var(--soft);max-width:44rem}.wide{overflow-x:auto}
-table{border-collapse:collapse;font-variant-numeric:tabular-nums;font-size:.92rem}th{font-weight:500;color:var(--soft)}figure{margin:0}
-td,th{padding:.35rem .8rem;border-bottom:1px solid var(--line);text-align:right;white-space:nowrap}tr>:first-child{text-align:left;padding-left:0}
-.charts{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,24rem),1fr));gap:1.4rem;margin:1.4rem 0}figcaption b{margin-right:.9rem}
-svg{width:100%;height:auto}svg text{font-size:11px;fill:var(--soft)}svg line{stroke:var(--line)}svg polyline{fill:none;stroke-width:2}
-details{border-bottom:1px solid var(--line);padding:.6rem 0}summary{cursor:pointer}summary b{color:var(--c2)}summary b.no{color:var(--c1)}
-.strip{display:flex;gap:4px;overflow-x:auto;padding:.2rem 0 .8rem;font:12px/1.7 ui-monospace,monospace}.strip div{flex:0 0 4.8rem;background:var(--card)}
-.strip b,.strip span{display:flex;justify-content:space-between;padding:0 .3rem;white-space:pre;overflow:hidden}.strip b{border-bottom:1px solid var(--line)}
-"""
+STYLE = Path(__file__).with_name("assets") / "report.css"
 
 
 def table(columns):
@@ -335,7 +324,7 @@ def page(r, pictures):
             ("norm", "Norm of z", norms), ("cosine", "Cosine of successive z", "by latent")))),
         "<h2>Problems</h2><p>A column is a latent: the chunk that it stands for, and its heaviest tokens in percent.</p>", *pictures]
     return ('<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">'
-            f"<title>Latent reasoning</title><style>{STYLE}</style><body>{''.join(body)}</body></html>")
+            f"<title>Latent reasoning</title><style>{STYLE.read_text('utf-8')}</style><body>{''.join(body)}</body></html>")
 
 
 def main(argv=None):

@@ -11,7 +11,6 @@ Nothing about latents is decided here. A phase is
 """
 import argparse
 import contextlib
-import hashlib
 import json
 import math
 import os
@@ -32,8 +31,8 @@ from data import Tokenizer, UserError
 from model import GPT, GPT2, GPTConfig
 
 PRESETS = {  # the defaults that depend on --data; "gsm8k" is that of everything but the toy task
-    "toy": dict(n_layer=3, n_head=4, n_embd=128, block_size=96, batch_size=32, lr=4e-3, chunk_size=2,
-                sft_steps=500, eval_every=250, noise=0.5, steps={"sup": 250, "latent": 2000}),
+    "toy": dict(n_layer=3, n_head=3, n_embd=96, block_size=96, batch_size=32, lr=4e-3, chunk_size=2,
+                sft_steps=500, eval_every=250, noise=0.25, steps={"sup": 250, "latent": 2000}),
     "gsm8k": dict(n_layer=4, n_head=4, n_embd=256, block_size=384, batch_size=16, lr=1e-3, chunk_size=2,
                   sft_steps=2000, eval_every=500, noise=1.0, steps={"sup": 1000, "latent": 2000}),
 }
@@ -175,7 +174,8 @@ def write(path, content):
     except (OSError, RuntimeError) as error:  # torch.save wraps what the disk says in a RuntimeError
         with contextlib.suppress(OSError):
             part.unlink(missing_ok=True)
-        raise UserError(f"could not write {path} ({error}); what was there before is untouched")
+        why = getattr(error, "strerror", None) or "is the disk full?"
+        raise UserError(f"could not write {path} ({why}); what was there before is untouched")
 
 
 def save_checkpoint(path, **content):
@@ -193,13 +193,6 @@ def load_checkpoint(path):
     except Exception as error:  # a truncated or foreign file fails in many ways
         raise UserError(f"{path}: not a checkpoint of this project ({type(error).__name__})")
 
-
-def identity(weights):
-    """16 hex digits that name these weights (a state dict)."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(weights.items()):
-        digest.update(name.encode() + tensor.contiguous().numpy().tobytes())
-    return digest.hexdigest()[:16]
 
 
 def require_same(path, saved, **mine):
@@ -222,27 +215,6 @@ def build(checkpoint, name, device):
     model.load_state_dict(checkpoint["models"][name])
     return model.eval()
 
-
-def initial_model(args, env):
-    """--init: a new GPT, OpenAI's GPT-2, or the LLM of a checkpoint; the flags of its shape then follow it."""
-    if args.init in GPT2:
-        try:
-            model = GPT.from_gpt2(args.init, env.tokenizer.n_vocab)
-        except (OSError, RuntimeError, ValueError) as error:
-            raise UserError(f"--init {args.init}: its weights could not be had ({error})")
-    elif args.init != "scratch":
-        saved = load_checkpoint(Path(args.init))
-        require_same(args.init, saved["config"], tokenizer=env.tokenizer.name)
-        model = build(saved, "llm", "cpu")
-    else:
-        try:
-            model = GPT(GPTConfig(env.tokenizer.n_vocab, args.block_size, args.n_layer, args.n_head, args.n_embd))
-        except ValueError as error:
-            raise UserError(str(error))
-    for field in SHAPE:
-        env.config[field] = getattr(model.config, field)
-        setattr(args, field, env.config[field])
-    return model.to(env.device)
 
 
 # ------------------------------------------------------------------------------------------- training loop

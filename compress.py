@@ -12,6 +12,7 @@ written to --out/latents are flat arrays that phase 3 maps into memory:
 
 Interrupted and run again with --resume it does the rest. Next: python train_latent.py
 """
+import hashlib
 import json
 import os
 
@@ -24,6 +25,14 @@ from data import UserError, splits
 from encoder import chunks, encoder_layout, keep_top, summarize
 
 SAVE_EVERY = 20  # batches between two notes of how far the work has come
+
+
+def identity(weights):
+    """16 hex digits that name these weights (a state dict)."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(weights.items()):
+        digest.update(name.encode() + tensor.contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def create(path, dtype, shape):
@@ -80,7 +89,7 @@ def main(argv=None):
     folder = args.out / "latents"
     offsets = np.concatenate([[0], chunks(train.s.length, c).cumsum()])
     meta = {"version": 1, "data": args.data, "cot": args.cot, "fingerprint": train.fingerprint, "seed": args.seed,
-            "chunk_size": c, "tokenizer": tokenizer.name, "encoder": common.identity(env.parent["models"]["encoder"]),
+            "chunk_size": c, "tokenizer": tokenizer.name, "encoder": identity(env.parent["models"]["encoder"]),
             "top_k": K, "batch_size": args.batch_size, "problems": len(train), "latents": int(offsets[-1]),
             "torch": env.config["torch"], "commit": env.config["commit"]}
     done, mass = 0, 0.0

@@ -9,13 +9,14 @@
     #### 7
 
 The first two steps are free: either may come first. Then they meet, and a chain follows. So a problem has
-two valid paths to its answer, and one of them, drawn at random, is its chain of thought.
+two valid paths to its answer, and one of them, drawn at random, is its chain of thought: mostly the order as told.
 """
 import random
 
 NAMES = "Ann Ben Eva Leo Mia Sam Tom Zoe".split()
 THINGS = "apples beads books cards coins eggs pens shells".split()
 TOP = 15  # no value is larger: the arithmetic is a small table, so that the steps are the difficulty
+AS_TOLD = (4, 1)  # four chains in five take the free steps as the question tells them, one the other way round
 GAIN = ["buy", "find", "get", "win"]
 LOSS = ["drop", "lose", "sell", "use"]
 
@@ -70,7 +71,7 @@ def problems(seed, count, wanted):
     rng, seen = random.Random(f"toy-{seed}"), set()
     while len(seen) < count:
         question, paths, answer = make(rng)
-        chain = " ".join(rng.choice(paths))
+        chain = " ".join(rng.choices(paths, AS_TOLD)[0])
         if wanted(question) and question not in seen:
             seen.add(question)
             yield {"question": question, "chain": chain, "answer": answer, "paths": [" ".join(p) for p in paths]}

@@ -13,7 +13,7 @@ import torch
 import torch.nn as nn
 
 import common
-from compress import Store
+from compress import Store, identity
 from data import splits
 from encoder import evaluate, llm_layout, place, superpose_sparse
 from train_sup import weighted_nll
@@ -66,13 +66,13 @@ def gumbel_noise(seed, step, size, rank=0, world=1, scale=1.0):
 
 def main(argv=None):
     p = common.parser(__doc__, "latent")
-    p.add_argument("--noise", type=float, help="scale of the Gumbel noise (default: 1, as in the paper; toy: 0.5; 0 = off)")
+    p.add_argument("--noise", type=float, help="scale of the Gumbel noise (default: 1, as in the paper; toy: 0.25; 0 = off)")
     args, env = common.setup(p, "latent", argv)
     tokenizer, c = env.tokenizer, args.chunk_size
 
     # data and model
     train, val = splits(args, env)
-    encoder = common.identity(env.parent["models"]["encoder"])
+    encoder = identity(env.parent["models"]["encoder"])
     store = Store(args.out / "latents", fingerprint=train.fingerprint, chunk_size=c, tokenizer=tokenizer.name, encoder=encoder,
                   **{"top_k": args.top_k} if args.top_k else {})
     caps = train.caps(c)

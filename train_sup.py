@@ -11,6 +11,7 @@ it and learn together: the encoder turns chunk S_i into α_i, and the LLM, seein
 must predict chunk S_{i+1}. The only path from the loss to the encoder is through z. Next: python compress.py
 """
 import copy
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -18,9 +19,10 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import common
-from data import splits
+from data import UserError, splits
 from encoder import (chunks, encoder_layout, evaluate, explicit_layout, llm_layout, place, summarize, superpose,
                      supervision_mask)
+from model import GPT, GPT2, GPTConfig
 
 
 # ---------------------------------------------------------------------------------------------- the losses
@@ -100,11 +102,31 @@ def some_cut(batch, c, seed, step, rank=0, world=1):
     return (np.random.default_rng([seed, step, 1]).random(len(n) * world)[rank::world] * (n + 1)).astype(np.int64)
 
 
+def initial_model(args, env):
+    """--init: a new GPT, OpenAI's GPT-2, or the LLM of a checkpoint; the flags of its shape then follow it."""
+    try:
+        if args.init == "scratch":
+            model = GPT(GPTConfig(env.tokenizer.n_vocab, args.block_size, args.n_layer, args.n_head, args.n_embd))
+        elif args.init in GPT2:
+            model = GPT.from_gpt2(args.init, env.tokenizer.n_vocab)
+        else:
+            saved = common.load_checkpoint(Path(args.init))
+            common.require_same(args.init, saved["config"], tokenizer=env.tokenizer.name)
+            model = common.build(saved, "llm", "cpu")
+    except (OSError, RuntimeError, ValueError) as error:  # of a download, of tensors, of numbers
+        raise UserError(f"--init {args.init}: {error}")
+    for field in common.SHAPE:
+        env.config[field] = getattr(model.config, field)
+        setattr(args, field, env.config[field])
+    return model.to(env.device)
+
+
 def main(argv=None):
     p = common.parser(__doc__, "sup")
     p.add_argument("--no-cot", action="store_true", help="train the baseline X <eot> Ans instead, as no_cot.pt, and stop")
     p.add_argument("--bag", type=float, default=1.0, help="bag-of-tokens warm-up: weight at the start (default 1; 0 = off)")
-    p.add_argument("--bag-until", type=float, default=2.0, help="… reaching 0 at this multiple of the steps (default 2: half is left at the end)")
+    p.add_argument("--bag-until", type=float, default=2.0, help="… reaching 0 at this multiple of the steps (default 2: half is "
+                   "left at the end)")
     p.add_argument("--rest", type=float, default=0.0, help="weight of a second loss: after z_0 … z_i, i drawn anew, write all "
                    "that follows as text, so that the LLM can go on from any latent (default 0 = off)")
     p.add_argument("--local", action="store_true", help="ablation: a chunk sees only its z and itself, as in the authors' code")
@@ -112,7 +134,7 @@ def main(argv=None):
     tokenizer, c = env.tokenizer, args.chunk_size
 
     # data and model
-    llm = common.initial_model(args, env)
+    llm = initial_model(args, env)
     train, val = splits(args, env, no_cot=args.no_cot)
     caps = train.caps(c)
 

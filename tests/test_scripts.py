@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import common
+import compress
 import data
 from conftest import ROOT
 from data import Problems, UserError, load
@@ -127,5 +128,5 @@ def test_the_same_seed_gives_the_same_model(call):
     found = []
     for seed in (0, 0, 1):
         call("train_sup", *TINY, "--out", f"run{len(found)}", "--seed", seed)
-        found.append(common.identity(torch.load(f"run{len(found)}/sup.pt", weights_only=True)["models"]["encoder"]))
+        found.append(compress.identity(torch.load(f"run{len(found)}/sup.pt", weights_only=True)["models"]["encoder"]))
     assert found[0] == found[1] != found[2]
