@@ -31,8 +31,8 @@ from data import Tokenizer, UserError
 from model import GPT, GPT2, GPTConfig
 
 PRESETS = {  # the defaults that depend on --data; "gsm8k" is that of everything but the toy task
-    "toy": dict(n_layer=3, n_head=3, n_embd=96, block_size=96, batch_size=32, lr=4e-3, chunk_size=2,
-                sft_steps=500, eval_every=250, noise=0.25, steps={"sup": 250, "latent": 2000}),
+    "toy": dict(n_layer=3, n_head=4, n_embd=128, block_size=96, batch_size=32, lr=4e-3, chunk_size=2,
+                sft_steps=500, eval_every=250, noise=0.25, steps={"sup": 250, "latent": 1500}),
     "gsm8k": dict(n_layer=4, n_head=4, n_embd=256, block_size=384, batch_size=16, lr=1e-3, chunk_size=2,
                   sft_steps=2000, eval_every=500, noise=1.0, steps={"sup": 1000, "latent": 2000}),
 }
