@@ -305,7 +305,7 @@ def decode(llm, tokenizer, x, length, latent=False, top_k=0, max_latents=0, max_
 
 
 @torch.no_grad()
-def evaluate(llm, problems, env, thought, caps, encoder=None, chunk_size=0, top_k=0, limit=None, batch_size=256,
+def evaluate(llm, problems, env, thought, caps, encoder=None, chunk_size=0, top_k=0, limit=None, batch_size=None,
              prompt=None, watch=None):
     """Decode a split and score the answers.
 
@@ -318,6 +318,7 @@ def evaluate(llm, problems, env, thought, caps, encoder=None, chunk_size=0, top_
     {row: (text, right)}.
     """
     t, start, answers, steps, capped, unparseable = env.tokenizer, time.time(), {}, 0, 0, 0
+    batch_size = batch_size or max(64, 2 ** 17 // t.n_vocab)  # (B, N, V) is large where V is
     for batch in problems.eval_batches(batch_size, limit):
         with env.autocast():
             if prompt:

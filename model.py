@@ -65,6 +65,11 @@ class KVCache:
         return self.k[layer, :, :, :end], self.v[layer, :, :, :end]
 
 
+def pick(x, at):
+    """The rows asked for: x (B, H, T, D), at int64 (B, P) -> (B, H, P, D)."""
+    return x.gather(2, at[:, None, :, None].expand(-1, x.size(1), -1, x.size(3)))
+
+
 class Attention(nn.Module):
     def __init__(self, config, layer):
         super().__init__()
@@ -72,16 +77,18 @@ class Attention(nn.Module):
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
 
-    def forward(self, x, mask, cache):
+    def forward(self, x, mask, cache, at):
         B, T, C = x.shape
         heads = (B, T, self.n_head, C // self.n_head)
         q, k, v = (y.view(heads).transpose(1, 2) for y in self.c_attn(x).split(C, dim=2))  # (B, H, T, D) each
         if cache is not None:
             k, v = cache.append(self.layer, k, v)  # (B, H, S, D)
+        if at is not None:  # everyone is seen, but only those asked for look
+            q, mask = pick(q, at), pick(mask.expand(B, 1, T, -1), at)  # (B, H, P, D), (B, 1, P, S)
         scores = (q * heads[3] ** -0.5) @ k.transpose(2, 3)  # (B, H, T, S)
         weights = scores.masked_fill(~mask, -math.inf).softmax(dim=3)
         y = weights.to(v.dtype) @ v  # (B, H, T, D)
-        return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
+        return self.c_proj(y.transpose(1, 2).reshape(B, -1, C))  # (B, T, C), or (B, P, C)
 
 
 class MLP(nn.Module):
@@ -100,8 +107,9 @@ class Block(nn.Module):
         self.ln_1, self.attn = nn.LayerNorm(config.n_embd), Attention(config, layer)
         self.ln_2, self.mlp = nn.LayerNorm(config.n_embd), MLP(config)
 
-    def forward(self, x, mask, cache):
-        x = x + self.attn(self.ln_1(x), mask, cache)
+    def forward(self, x, mask, cache, at=None):
+        y = self.attn(self.ln_1(x), mask, cache, at)
+        x = y + (x if at is None else pick(x[:, None], at)[:, 0])
         return x + self.mlp(self.ln_2(x))
 
 
@@ -129,7 +137,7 @@ class GPT(nn.Module):
         pos    int64 (B, T) or (T,): each one's position; None: counted on from the cache
         mask   bool (B, T, S), (1, T, S) or (T, S): True = visible; None: causal. A row with nothing visible is NaN
         cache  KVCache to read and to extend
-        at     int64 (B, P): only these positions come back, so that the V-way head costs P and not T
+        at     int64 (B, P): only these positions come back; the last block and the V-way head cost P and not T
         returns float (B, T, C), or (B, P, C)
         """
         T, seen = x.size(1), cache.length if cache is not None else 0
@@ -140,12 +148,11 @@ class GPT(nn.Module):
         if mask.dim() == 3:
             mask = mask[:, None]  # (B, 1, T, S): the same for every head
         x = x + self.wpe(pos)
-        for block in self.h:
+        for block in self.h[:-1]:
             x = block(x, mask, cache)
+        x = self.h[-1](x, mask, cache, at)
         if cache is not None:
             cache.length += T
-        if at is not None:
-            x = x.gather(1, at[:, :, None].expand(-1, -1, x.size(2)))  # (B, P, C)
         return self.ln_f(x)
 
     def head(self, hidden):

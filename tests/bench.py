@@ -10,8 +10,9 @@ compared is timed side by side, in turn, and what is printed are medians. All fl
 
 FLOPs are counted from the shapes: 2 m k n for every product of an (m, k) and a (k, n) matrix that runs, forward and
 backward, padding and masked pairs included, and nothing for the rest (softmax, GELU, norms, Adam). For a model that is
-24 C² + 4 S C a layer and position (12 C² weights; scores and weighted sum over S positions), 2 C V for each position
-with logits, as much for a z over the whole vocabulary; and three times that for a training step.
+24 C² + 4 S C a layer and position (12 C² weights; scores and weighted sum over S positions), less in the last layer,
+where only the positions asked for go on from their keys and values; 2 C V for each position with logits, as much for a z
+over the whole vocabulary; and three times that for a training step.
 tokens/s counts what is real: tokens and latents, without padding.
 """
 import json
