@@ -40,10 +40,19 @@ def test_a_full_cache_says_so():
         gpt(gpt.wte(ids(1, 4)), cache=KVCache(gpt.config, 1, 3, dtype=torch.float64))
 
 
-def test_hidden_states_only_where_asked_for():
-    gpt, at = tiny(0), torch.tensor([[7, 0, 3], [2, 2, 8]])
+@pytest.mark.parametrize("mask", [None, (9, 9), (1, 9, 9), (2, 9, 9)])
+@pytest.mark.parametrize("n_layer", [1, 3])
+def test_hidden_states_only_where_asked_for(mask, n_layer):
+    gpt, at = tiny(0, n_layer=n_layer), torch.tensor([[7, 0, 3], [2, 2, 8]])
     x = gpt.wte(ids(2, 9))
-    close(gpt(x, at=at), gpt(x)[torch.arange(2)[:, None], at])
+    mask = mask and (torch.rand(mask, generator=torch.Generator().manual_seed(1)) < 0.5) | torch.eye(9, dtype=torch.bool)
+    close(gpt(x, mask=mask, at=at), gpt(x, mask=mask)[torch.arange(2)[:, None], at])
+    found = []
+    for where in {}, {"at": at}:
+        cache = KVCache(gpt.config, 2, 11, dtype=torch.float64)
+        gpt(x[:, :2], cache=cache)
+        found.append(gpt(x, cache=cache, **where))
+    close(found[1], found[0][torch.arange(2)[:, None], at])
 
 
 def test_slot_position_and_mask_are_independent():
