@@ -301,6 +301,8 @@ def page(r, pictures):
     body = [f"<h1>Latent reasoning on {escape(r['config']['data'])}</h1><p>{r['config']['problems']} test problems, chunks of "
             f"{r['config']['chunk_size']} tokens. A step is one forward pass between question and answer.</p>",
             table({key: {label: r[key][way] for way, (label, *_) in WAYS.items()} for key in FIGURES}),
+            "<p>One of them. A column is a latent: the chunk that it stands for, and its heaviest tokens in percent.</p>",
+            pictures[0].replace("<details>", "<details open>"),
             f"<h2>Do the latents do the work?</h2><p>The model answers after a chain that it is handed. Another problem’s chain {lost}; "
             f"{100 * con['donor']:.0f} % then give that problem’s answer.</p>", table({key: con[key] for key in ("accuracy", "interval")}),
             charts(chart("The chain cut to k latents", f"by k, {con['cut']['problems']} problems", con["cut"]["k"],
@@ -322,7 +324,7 @@ def page(r, pictures):
         chart(title, note, upto(max((form[w][f] for w in kinds), key=len)), {w: form[w][f] for w in kinds}) for f, title, note in (
             ("entropy", "Entropy of α in nats", "by latent"), ("top1", "Weight of the heaviest token", "by latent"),
             ("norm", "Norm of z", norms), ("cosine", "Cosine of successive z", "by latent")))),
-        "<h2>Problems</h2><p>A column is a latent: the chunk that it stands for, and its heaviest tokens in percent.</p>", *pictures]
+        "<h2>More problems</h2>", *pictures[1:]]
     return ('<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">'
             f"<title>Latent reasoning</title><style>{STYLE.read_text('utf-8')}</style><body>{''.join(body)}</body></html>")
 
