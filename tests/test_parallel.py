@@ -1,10 +1,13 @@
 """Two processes on one CPU learn what one process learns from the same global batch."""
 import json
 import os
+import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -25,8 +28,11 @@ common.start(lambda: [{{"sup": train_sup, "latent": train_latent}}[phase].main(f
                       zip(sys.argv[1::2], sys.argv[2::2])])"""
 
 
-def processes(world, *phases, cwd):
-    """Start `world` processes that run these phases, 'sup' or 'latent' and its flags; wait: [(exit status, output)]."""
+def processes(world, *phases, cwd, until=None):
+    """Start `world` processes that run these phases, 'sup' or 'latent' and its flags; wait: [(exit status, output)].
+
+    until: a log; once there is something in it, every process gets what Ctrl-C sends.
+    """
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = str(s.getsockname()[1])
@@ -36,6 +42,10 @@ def processes(world, *phases, cwd):
                                 stderr=subprocess.STDOUT, env={**env, "RANK": str(r), "LOCAL_RANK": str(r)})
                for r in range(world)]
     try:
+        while until and not (until.is_file() and until.stat().st_size) and all(p.poll() is None for p in started):
+            time.sleep(0.1)
+        for p in started if until else ():
+            p.send_signal(signal.SIGINT)
         return [(p.returncode, said) for p in started for said in [p.communicate(timeout=300)[0]]]
     finally:
         for p in started:
@@ -68,6 +78,15 @@ def test_two_processes_learn_what_one_does(tmp_path, monkeypatch):
         for model in a:
             for key in a[model]:
                 np.testing.assert_allclose(b[model][key], a[model][key], atol=1e-4, err_msg=f"{name} {model} {key}")
+
+
+def test_ctrl_c_stops_all_processes_after_the_same_update(tmp_path):
+    flags = " ".join([*TINY, "--sft-steps", "100000", "--eval-every", "100000", "--out", "run"])
+    ended = processes(2, "sup", flags, cwd=tmp_path, until=tmp_path / "run" / "sft.jsonl")
+    said = [re.search(r"stopped after (\d+) of 100000 updates of sft and saved", output) for _, output in ended]
+    assert [status for status, _ in ended] == [1, 1] and said[0] and said[0][0] == said[1][0], ended
+    assert "Traceback" not in ended[0][1] + ended[1][1]
+    assert common.load_checkpoint(tmp_path / "run" / "sft.state.pt")["step"] == int(said[0][1]) > 0
 
 
 @pytest.mark.parametrize("phase", ["sup", "compress"])
