@@ -266,17 +266,17 @@ class Run:
         if env.world > 1:
             self.net = DistributedDataParallel(self.net)
         if env.rank == 0:
-            args.out.mkdir(parents=True, exist_ok=True)
-            self.log = open(args.out / f"{name}.jsonl", "a+" if self.step else "w+", buffering=1)
-            self.log.seek(0)
-            kept = [row for row in self.log if row.endswith("\n") and json.loads(row)["step"] <= self.step]
-            self.log.truncate(0)  # what was logged after the last save happens again
-            self.log.writelines(kept)
+            log = args.out / f"{name}.jsonl"
+            rows = log.read_bytes().splitlines(True) if self.step and log.exists() else []
+            kept = [row for row in rows if row.endswith(b"\n") and json.loads(row)["step"] <= self.step]
+            write(log, lambda file: file.writelines(kept))  # what was logged after the last save happens again
+            self.log = open(log, "a", buffering=1)
 
     def restore(self):
         saved = load_checkpoint(self.state)
         require_same(self.state, saved["config"], **{field: self.config[field] for field in (
-            "data", "fingerprint", "tokenizer", "cot", "seed", "chunk_size", "top_k", "batch_size", "lr", "model")})
+            "data", "fingerprint", "tokenizer", "cot", "seed", "chunk_size", "top_k", "batch_size", "lr", "model", "bag",
+            "bag_until", "rest", "local", "noise") if field in self.config})
         for name, model in self.models.items():
             model.load_state_dict(saved["models"][name])
         self.optimizer.load_state_dict(saved["optimizer"])
@@ -308,6 +308,7 @@ class Run:
 
     def update(self, loss, figures):
         """One AdamW update: 5 % of the steps to warm up, then a cosine to zero."""
+        loss.backward()  # before anything is read, which waits for the device
         figures = {"loss": loss.detach(), **{k: v.detach() for k, v in figures.items()}}
         values = torch.stack([v.float() for v in figures.values()])
         if self.env.world > 1:
@@ -323,7 +324,6 @@ class Run:
         scale = min((self.step + 1) / warm, 0.5 + 0.5 * math.cos(math.pi * self.step / self.steps))
         for group in self.optimizer.param_groups:
             group["lr"] = self.args.lr * scale
-        loss.backward()
         torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)

@@ -130,6 +130,8 @@ def test_top_k_beyond_the_vocabulary_is_all_of_it(tmp_path):
     ("train_latent", ["--data", "gsm8k", "--overwrite"], "--data gsm8k contradicts"),
     ("train_latent", ["--noise", -1, "--overwrite"], "--noise -1"),
     ("train_sup", [*TINY, "--batch-size", 4, "--resume"], "batch_size = 8, here it is 4"),
+    ("train_sup", [*TINY, "--bag", 0.5, "--resume"], "bag = 1.0, here it is 0.5"),
+    ("train_latent", ["--noise", 1, "--steps", 1, "--resume"], "noise = 0.25, here it is 1"),
     ("compress", ["--batch-size", 4, "--resume"], "batch_size = "), ("analyze", ["--limit", 0], "--limit 0"),
     ("train_latent", ["--seed", 1, "--overwrite"], "contradicts"),
     ("train_latent", ["--top-k", 7, "--steps", 1, "--overwrite"], "top_k = 50, here it is 7"),
