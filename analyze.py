@@ -1,7 +1,7 @@
 """Measure and show: how well each way to think does, what the latents hold, and whether they do the work.
 
     python analyze.py                                         # the test split: report.html and report.json in --out
-    python analyze.py --ask "Ann has 7 pens and buys 5. …"    # one question, in the terminal
+    python analyze.py --ask "Ann has 6 pens and buys 2. …"    # one question, in the terminal
 
 report.json (shares are 0 … 1; lists go by position, K, k or i; null: not trained, or not defined here):
     accuracy, interval (95 %), steps, seconds, unparseable, capped (problems)     {explicit, no_cot, latent, gold}
@@ -25,6 +25,7 @@ import numpy as np
 import torch
 
 import common
+from compress import identity
 from data import Problems, Ragged, known_paths, splits, to_number
 from encoder import chunks, encoder_layout, evaluate, place, summarize, superpose
 from train_sup import bags
@@ -316,7 +317,7 @@ def page(r, pictures):
         body += [f"<h2>Parallel paths</h2><p>{par['problems']} problems with {par['paths']:.2f} valid paths on average. N_eff: how many "
                  "are followed alike, be it well or not at all, so that random paths stand beside it. Covered: how many are there "
                  "where they differ; 1 is one path. The paper: N_eff 3.60 at c = 2, 4.61 at c = 4.</p>", table({w: dict(sorted(par[w].items())) for w in kinds}),
-                 charts(*(chart(f"{w}: mass on the tokens of one order", "by latent", upto([y for y in o["leading"] if y is not None]),
+                 charts(*(chart(f"{w}: mass on the tokens of one order", "by latent", upto(np.trim_zeros([y is not None for y in o["leading"]], "b")),
                                 {**{f"order {m + 1}": ys for m, ys in enumerate(o["mass"])}, "share of the larger": o["leading"]}, 1)
                           for w, o in (par["orders"] or {}).items()))]
     norms = "of tokens: {low:.2f} – {high:.2f}, mean {mean:.2f}".format(**form["token_norm"])
@@ -336,9 +337,10 @@ def main(argv=None):
     p.set_defaults(batch_size=128)
     args, env = common.setup(p, "analyze", argv)
     sup, latent = env.parent, common.load_checkpoint(args.out / "latent.pt")
-    common.require_same(args.out / "latent.pt", latent["config"], fingerprint=sup["config"]["fingerprint"])
+    common.require_same(args.out / "latent.pt", latent["config"], fingerprint=sup["config"]["fingerprint"],
+                        chunk_size=args.chunk_size, encoder=identity(sup["models"]["encoder"]))
     llm, llm1, encoder = (common.build(m, name, env.device) for m, name in ((latent, "llm"), (sup, "llm"), (sup, "encoder")))
-    top_k = {"text": 0, "latent": args.top_k or latent["config"]["store_top_k"], "gold": sup["config"]["top_k"]}
+    top_k = {"text": 0, "latent": latent["config"]["store_top_k"] if args.top_k is None else args.top_k, "gold": sup["config"]["top_k"]}
     env.c, env.caps, env.size = args.chunk_size, latent["config"]["caps"], args.batch_size
     if args.ask is None:
         train, env.test = splits(args, env, ["train", "test"])
@@ -360,7 +362,9 @@ def main(argv=None):
         if not (args.out / f"{file}.pt").is_file():
             print(f"{label}: left out, there is no {args.out / file}.pt")
             continue
-        model = common.build(common.load_checkpoint(args.out / f"{file}.pt"), "llm", env.device)
+        saved = common.load_checkpoint(args.out / f"{file}.pt")
+        common.require_same(args.out / f"{file}.pt", saved["config"], **{f: env.config[f] for f in ("data", "cot", "seed")})
+        model = common.build(saved, "llm", env.device)
         found = env.evaluate(model, thought=thought, encoder=encoder, top_k=top_k[thought], limit=R)
         found["interval"] = wilson(found["accuracy"] * R, R)
         print(f"{label:26} accuracy {found['accuracy']:.3f}, steps {found['steps']:.1f}, {found['seconds']:.1f} s")
@@ -371,7 +375,8 @@ def main(argv=None):
     lats = {"encoder": observe(llm1, env, top_k["gold"], R, encoder), "latent": observe(llm, env, top_k["latent"], R)}
     bag = bags(env.test.batch(np.arange(R), np.arange(R)), env.c)  # (R, N, c)
     norm = llm.wte.weight.detach()[:env.tokenizer.n_ordinary].float().norm(dim=1).cpu()
-    report |= {"config": {k: env.config[k] for k in ("data", "chunk_size", "seed", "commit", "torch")} | {"problems": R},
+    report |= {"config": {k: env.config[k] for k in ("data", "chunk_size", "seed", "commit", "torch", "python")}
+               | {"problems": R, "fingerprint": sup["config"]["fingerprint"]},
                "controls": measure_controls(llm, env, lats["latent"]),
                "continuation": measure_continuation(llm1, env, lats["encoder"]),
                "ecr": {"K": KS, **{name: measure_ecr(lat, bag, KS) for name, lat in lats.items()}},
@@ -381,8 +386,9 @@ def main(argv=None):
     report = json.loads(json.dumps(report), parse_float=lambda x: round(float(x), 4), parse_constant=lambda _: None)
     shown = [row for ok in (True, False) for row in [r for r in range(R) if lats["latent"].answers[r][1] == ok][:SHOWN]]
     pictures = [picture(lats, row, env.test.problems[row], env.tokenizer, bag) for row in shown]
+    html = page(report, pictures).encode("utf-8", "replace")  # a question may hold half a character
     common.write(args.out / "report.json", lambda f: f.write(json.dumps(report, indent=1).encode()))
-    common.write(args.out / "report.html", lambda f: f.write(page(report, pictures).encode()))
+    common.write(args.out / "report.html", lambda f: f.write(html))
     print(f"wrote {args.out / 'report.html'} and report.json")
 
 

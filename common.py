@@ -32,7 +32,7 @@ from model import GPT, GPT2, GPTConfig
 
 PRESETS = {  # the defaults that depend on --data; "gsm8k" is that of everything but the toy task
     "toy": dict(n_layer=3, n_head=4, n_embd=128, block_size=96, batch_size=32, lr=4e-3, chunk_size=2,
-                sft_steps=500, eval_every=250, noise=0.25, steps={"sup": 250, "latent": 1500}),
+                sft_steps=500, eval_every=250, noise=0.25, steps={"sup": 350, "latent": 1500}),
     "gsm8k": dict(n_layer=4, n_head=4, n_embd=256, block_size=384, batch_size=16, lr=1e-3, chunk_size=2,
                   sft_steps=2000, eval_every=500, noise=1.0, steps={"sup": 1000, "latent": 2000}),
 }
@@ -55,8 +55,8 @@ def parser(doc, phase):
     add("--dtype", choices=["float32", "bfloat16"], help="of the matmuls (default: bfloat16 on cuda, else float32)")
     add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile the training step (default: on cuda)")
     add("--chunk-size", type=int, help="c, tokens of the chain in one latent token")
-    add("--top-k", type=int, help="entries of α kept: in z (phase 1; default: all), in the store (phase 2; default: 50), "
-        "of q in latent decoding (analysis; default: as many as the store)")
+    add("--top-k", type=int, help="entries of α kept, 0 = all: in z (phase 1; default 0), in the store (phase 2; default "
+        "phase 1's or 50), of q in latent decoding (analysis; default the store's)")
     add("--batch-size", type=int, help="problems in a batch")
     for flag in SHAPE:
         add("--" + flag.replace("_", "-"), type=int, help="of the model" if phase == "sup" else argparse.SUPPRESS)
@@ -92,14 +92,16 @@ def setup(p, phase, argv=None):
             raise UserError(f"--{field.replace('_', '-')} {given} contradicts {args.out / 'sup.pt'}, which has {inherited[field]}")
     data = args.data or inherited.get("data") or "toy"
     preset = PRESETS["toy" if data == "toy" else "gsm8k"]
-    defaults = {"data": data, "data_dir": None, "cot": "steps", "seed": 0, "top_k": 0, **preset, **inherited,
-                "steps": preset["steps"].get(phase)}
+    if getattr(args, "init", "scratch") != "scratch" and any(getattr(args, field) for field in SHAPE):
+        raise UserError(f"--init {args.init} has a shape of its own; leave out --n-layer, --n-head, --n-embd and --block-size")
+    defaults = {"data": data, "data_dir": None, "cot": "steps", "seed": 0, **preset, **inherited,
+                "steps": preset["steps"].get(phase), "top_k": 0 if phase == "sup" else None}
     for field, value in defaults.items():
         if hasattr(args, field) and getattr(args, field) is None or field in INHERITED and not hasattr(args, field):
             setattr(args, field, value)
     for field, value in vars(args).items():
         least = 0 if type(value) is float or field in ("steps", "sft_steps", "top_k", "seed") else 1
-        if type(value) in (int, float) and not least <= value < math.inf:
+        if type(value) in (int, float) and not least <= value < 2 ** 63:
             raise UserError(f"--{field.replace('_', '-')} {value}: must be a number from {least} up")
 
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # as torchrun sets them
@@ -202,13 +204,6 @@ def require_same(path, saved, **mine):
             raise UserError(f"{path} was made with {field} = {saved.get(field)}, here it is {value}")
 
 
-def read_json(path):
-    try:
-        return dict(json.loads(path.read_text("utf-8")))
-    except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"{path}: cannot be read ({error})")
-
-
 def build(checkpoint, name, device):
     """The GPT called `name` in a checkpoint, in evaluation."""
     model = GPT(GPTConfig(**checkpoint["config"]["model"])).to(device)
@@ -259,7 +254,7 @@ class Run:
             if env.rank == 0:
                 self.state.unlink(missing_ok=True)
                 self.path.unlink(missing_ok=True)
-        elif self.path.exists() or self.state.exists():
+        elif not args.resume and (self.path.exists() or self.state.exists()):
             raise UserError(f"{self.path.parent} already holds a run ({self.path.name}); go on with --resume, start over "
                             "with --overwrite, or choose another --out")
         self.net = torch.compile(module, dynamic=False) if args.compile else module  # a graph for each of the few widths
@@ -276,7 +271,7 @@ class Run:
         saved = load_checkpoint(self.state)
         require_same(self.state, saved["config"], **{field: self.config[field] for field in (
             "data", "fingerprint", "tokenizer", "cot", "seed", "chunk_size", "top_k", "batch_size", "lr", "model", "bag",
-            "bag_until", "rest", "local", "noise") if field in self.config})
+            "bag_until", "rest", "local", "noise", "encoder", "store_top_k") if field in self.config})
         for name, model in self.models.items():
             model.load_state_dict(saved["models"][name])
         self.optimizer.load_state_dict(saved["optimizer"])
@@ -290,12 +285,15 @@ class Run:
             return
         bar = tqdm(total=self.steps, initial=self.step, desc=self.name, disable=self.env.rank > 0, mininterval=1)
         self.start = time.time()
+        self.stopping = False
         with Interrupt() as self.stop, bar:
-            while self.step < self.steps:
-                if self.stop.pressed:
+            while True:
+                if self.stopping or self.stop.pressed and self.env.world == 1:
                     self.save_state()
                     raise UserError(f"stopped after {self.step} of {self.steps} updates of {self.name} and saved; go on "
                                     "with the same command and --resume")
+                if self.step >= self.steps:
+                    return
                 yield self.problems.train_batch(self.step, self.args.batch_size, self.args.seed, self.env.rank, self.env.world)
                 bar.update()
                 bar.set_postfix({k: f"{v:.3f}" for k, v in self.last.items()}, refresh=False)
@@ -310,21 +308,21 @@ class Run:
         """One AdamW update: 5 % of the steps to warm up, then a cosine to zero."""
         loss.backward()  # before anything is read, which waits for the device
         figures = {"loss": loss.detach(), **{k: v.detach() for k, v in figures.items()}}
-        values = torch.stack([v.float() for v in figures.values()])
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
+        values = torch.stack([v.float() for v in figures.values()] + [norm])
         if self.env.world > 1:
             values = torch.cat([values, values.new_tensor([self.stop.pressed])])
             dist.all_reduce(values)
             values /= self.env.world
-            self.stop.pressed = bool(values[-1] > 0)  # all stop after the same update
-        self.last = dict(zip(figures, values.tolist()))
-        if not math.isfinite(self.last["loss"]):
-            raise UserError(f"the loss of {self.name} is {self.last['loss']} at step {self.step}: nothing was saved since the "
-                            f"last checkpoint; try a smaller --lr than {self.args.lr}")
+            self.stopping = bool(values[-1] > 0)  # all stop after the same update
+        self.last, norm = dict(zip(figures, values.tolist())), float(values[len(figures)])
+        if not math.isfinite(self.last["loss"] + norm):
+            raise UserError(f"the loss of {self.name} is {self.last['loss']} at step {self.step}, its gradient's norm {norm}: "
+                            f"nothing was saved since the last checkpoint; try a smaller --lr than {self.args.lr}")
         warm = max(1, self.steps // 20)
         scale = min((self.step + 1) / warm, 0.5 + 0.5 * math.cos(math.pi * self.step / self.steps))
         for group in self.optimizer.param_groups:
             group["lr"] = self.args.lr * scale
-        torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1

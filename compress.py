@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 import common
 from data import UserError, splits
-from encoder import chunks, encoder_layout, keep_top, summarize
+from encoder import chunks, encoder_layout, summarize
 
 SAVE_EVERY = 20  # batches between two notes of how far the work has come
 
@@ -48,6 +48,21 @@ def create(path, dtype, shape):
         raise UserError(f"could not write {path} ({error})")
 
 
+def read_json(path):
+    try:
+        return dict(json.loads(path.read_text("utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"{path}: cannot be read ({error})")
+
+
+def load_arrays(folder, mode, *names):
+    """The arrays of a store, mapped into memory. Raises UserError where one is damaged."""
+    try:
+        return [np.load(folder / f"{name}.npy", mmap_mode=mode, allow_pickle=False) for name in names]
+    except (OSError, ValueError, EOFError) as error:
+        raise UserError(f"{folder} cannot be read ({error}); make it again with: python compress.py --overwrite")
+
+
 class Store:
     """What phase 2 wrote, mapped into memory: store(rows, N) gives those problems' α.
 
@@ -55,15 +70,11 @@ class Store:
     """
 
     def __init__(self, folder, **expected):
-        meta = common.read_json(folder / "meta.json")
+        meta = read_json(folder / "meta.json")
         if not meta.get("complete"):
             raise UserError(f"{folder} is unfinished; finish it with: python compress.py --resume")
         common.require_same(folder, meta, **expected)
-        try:
-            self.values, self.ids, self.offsets = (np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False)
-                                                   for name in ("values", "ids", "offsets"))
-        except (OSError, ValueError) as error:
-            raise UserError(f"{folder} cannot be read ({error}); make it again with: python compress.py --overwrite")
+        self.values, self.ids, self.offsets = load_arrays(folder, "r", "values", "ids", "offsets")
         self.top_k = meta["top_k"]
 
     def __call__(self, rows, N):
@@ -76,9 +87,10 @@ def main(argv=None):
     p = common.parser(__doc__, "compress")
     args, env = common.setup(p, "compress", argv)
     tokenizer, c, phase1 = env.tokenizer, args.chunk_size, env.parent["config"]
-    if phase1["top_k"] and args.top_k not in (0, phase1["top_k"]):
-        raise UserError(f"--top-k {args.top_k} contradicts {args.out}/sup.pt, whose z were made with {phase1['top_k']}")
-    K = min(args.top_k or phase1["top_k"] or 50, tokenizer.n_ordinary)
+    K = args.top_k if args.top_k is not None else phase1["top_k"] or 50
+    if phase1["top_k"] not in (0, K):
+        raise UserError(f"--top-k {K} contradicts {args.out}/sup.pt, whose z were made with {phase1['top_k']}")
+    K = min(K or tokenizer.n_ordinary, tokenizer.n_ordinary)
 
     # data and model
     train, = splits(args, env, ["train"])
@@ -90,16 +102,16 @@ def main(argv=None):
     offsets = np.concatenate([[0], chunks(train.s.length, c).cumsum()])
     meta = {"version": 1, "data": args.data, "cot": args.cot, "fingerprint": train.fingerprint, "seed": args.seed,
             "chunk_size": c, "tokenizer": tokenizer.name, "encoder": identity(env.parent["models"]["encoder"]),
-            "top_k": K, "batch_size": args.batch_size, "problems": len(train), "latents": int(offsets[-1]),
-            "torch": env.config["torch"], "commit": env.config["commit"]}
+            "top_k": K, "batch_size": args.batch_size, "problems": len(train), "latents": int(offsets[-1])}
+    made = {field: env.config[field] for field in ("commit", "torch", "python", "dtype")}
     done, mass = 0, 0.0
     if (folder / "meta.json").exists() and not args.overwrite:
-        old = common.read_json(folder / "meta.json")
+        old = read_json(folder / "meta.json")
         if not args.resume:
             raise UserError(f"{folder} already holds a store; finish it with --resume, or start over with --overwrite")
         common.require_same(folder, old, **meta)
         done, mass = old["done"], old["mass_sum"]
-        values, ids = (np.load(folder / f"{name}.npy", mmap_mode="r+", allow_pickle=False) for name in ("values", "ids"))
+        values, ids = load_arrays(folder, "r+", "values", "ids")
     else:
         (folder / "meta.json").unlink(missing_ok=True)  # no meta, no store: it comes last
         size = (max(1, int(offsets[-1])), K)  # without any chain of thought: one row, read as padding
@@ -121,7 +133,7 @@ def main(argv=None):
             values[rows], ids[rows] = top[real] / top[real].sum(1, keepdims=True), where[real]
             if at % SAVE_EVERY == 0 or at == len(batches) or stop.pressed:
                 values.flush(), ids.flush()
-                note = dict(meta, done=at, mass_sum=mass, complete=at == len(batches))
+                note = dict(meta, **made, done=at, mass_sum=mass, complete=at == len(batches))
                 common.write(folder / "meta.json", lambda f: f.write(json.dumps(note, indent=1).encode()))
             if stop.pressed and at < len(batches):
                 raise UserError(f"stopped after {at} of {len(batches)} batches and saved; go on with --resume")

@@ -10,6 +10,7 @@ a few fixed widths (see Problems), so that a compiled model is compiled a few ti
 import hashlib
 import http.client
 import json
+import os
 import re
 import urllib.request
 import zlib
@@ -53,7 +54,7 @@ class Tokenizer:
         if name == "gpt2":
             try:
                 base = tiktoken.get_encoding("gpt2")
-            except OSError as error:  # requests' errors are OSErrors
+            except (OSError, ValueError) as error:  # of requests, or of a checksum
                 raise UserError("GPT-2's vocabulary could not be downloaded; set TIKTOKEN_CACHE_DIR to a folder that "
                                 f"has tiktoken's copy of it ({type(error).__name__})")
             pattern, ranks = base._pat_str, base._mergeable_ranks
@@ -209,7 +210,7 @@ def fetch(file):
     """Download one of GSM8K's files beside its final name, check it, then move it there."""
     wanted = GSM8K_SHA256[file.name]
     if not file.is_file():
-        part = file.with_name(file.name + ".part")
+        part = file.with_name(f"{file.name}.{os.getpid()}.part")
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
             with urllib.request.urlopen(GSM8K_URL + file.name, timeout=60) as response:

@@ -74,7 +74,7 @@ def main(argv=None):
     train, val = splits(args, env)
     encoder = identity(env.parent["models"]["encoder"])
     store = Store(args.out / "latents", fingerprint=train.fingerprint, chunk_size=c, tokenizer=tokenizer.name, encoder=encoder,
-                  **{"top_k": args.top_k} if args.top_k else {})
+                  **{} if args.top_k is None else {"top_k": args.top_k})
     caps = train.caps(c)
     llm = common.build(env.parent, "llm", env.device)
     env.config.update(encoder=encoder, store_top_k=store.top_k, caps=list(caps))

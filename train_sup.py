@@ -4,13 +4,14 @@
     python train_sup.py --data gsm8k                 # GSM8K, downloaded once
     python train_sup.py --data gsm8k --init gpt2     # from OpenAI's GPT-2
     python train_sup.py --no-cot                     # the baseline that answers at once
-    torchrun --nproc-per-node 2 train_sup.py …       # several GPUs or machines
+    torchrun --nproc-per-node 2 train_sup.py …       # several GPUs, or machines that share --out
 
 First plain SFT on X <bot> S <eot> Ans, kept as sft.pt: the explicit-CoT baseline. Encoder and LLM start as copies of
 it and learn together: the encoder turns chunk S_i into α_i, and the LLM, seeing X and z_0 … z_i but none of the text,
 must predict chunk S_{i+1}. The only path from the loss to the encoder is through z. Next: python compress.py
 """
 import copy
+import pickle
 from pathlib import Path
 
 import numpy as np
@@ -88,7 +89,8 @@ class Superposition(nn.Module):
 
 
 def bags(batch, c):
-    """int64 (B, N, c): each chunk's tokens, -1 past its end."""
+    """int64 (B, N, c): each chunk's tokens, -1 past its end; no wider than the longest chain."""
+    c = min(c, max(1, batch.s.shape[1]))
     width = -(-max(1, batch.s.shape[1]) // c) * c
     bag = torch.full((len(batch.rows), width), -1)
     s, ns = torch.from_numpy(batch.s), torch.from_numpy(batch.ns)
@@ -104,6 +106,8 @@ def some_cut(batch, c, seed, step, rank=0, world=1):
 
 def initial_model(args, env):
     """--init: a new GPT, OpenAI's GPT-2, or the LLM of a checkpoint; the flags of its shape then follow it."""
+    if args.init in GPT2 and env.tokenizer.name != "gpt2":
+        raise UserError(f"--init {args.init} reads GPT-2's tokens, which the toy task does not have; say --data gsm8k, say")
     try:
         if args.init == "scratch":
             model = GPT(GPTConfig(env.tokenizer.n_vocab, args.block_size, args.n_layer, args.n_head, args.n_embd))
@@ -113,11 +117,13 @@ def initial_model(args, env):
             saved = common.load_checkpoint(Path(args.init))
             common.require_same(args.init, saved["config"], tokenizer=env.tokenizer.name)
             model = common.build(saved, "llm", "cpu")
-    except (OSError, RuntimeError, ValueError) as error:  # of a download, of tensors, of numbers
+    except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
         raise UserError(f"--init {args.init}: {error}")
     for field in common.SHAPE:
         env.config[field] = getattr(model.config, field)
         setattr(args, field, env.config[field])
+    if args.init != "scratch" and env.rank == 0:
+        print(f"--init {args.init}:", *(f"{field}={env.config[field]}" for field in common.SHAPE))
     return model.to(env.device)
 
 
@@ -139,6 +145,13 @@ def main(argv=None):
     caps = train.caps(c)
 
     # explicit warm-up, or the no-CoT baseline
+    explicit = args.out / "sft.pt"
+    if args.no_cot and explicit.exists():  # the two are compared: they must be of the same problems
+        common.require_same(explicit, common.load_checkpoint(explicit)["config"],
+                            **{field: env.config[field] for field in ("data", "cot", "seed", *common.SHAPE)})
+    elif args.overwrite and env.rank == 0:  # of the old phase 1 nothing may be found and resumed
+        for old in "sup.pt", "sup.state.pt":
+            (args.out / old).unlink(missing_ok=True)
     run = common.Run("no_cot" if args.no_cot else "sft", args, env, Explicit(llm), {"llm": llm}, train, args.sft_steps)
     for batch in run:
         run.update(*run.forward(explicit_layout(batch)))

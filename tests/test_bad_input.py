@@ -106,13 +106,18 @@ def test_a_byte_order_mark_crlf_and_blank_lines_are_nothing(tmp_path, content):
     (["--n-embd", 16, "--n-head", 3], "multiple of --n-head"), (["--device", "tpu9000"], "--device tpu9000"),
     (["--device", "cuda:99"], "--device cuda:99"), (["--dtype", "float8"], "invalid choice"), (["--data", "gsm9k"], "gsm9k"),
     (["--data", "gsm8k-aug", "--data-dir", "/nowhere"], "no such file"), (["--nonsense"], "unrecognized arguments"),
-    (["--resume", "--overwrite"], "not allowed with"), (["--init", "nowhere.pt"], "nowhere.pt: no such file"),
+    (["--resume", "--overwrite"], "not allowed with"), (["--init", "nowhere.pt"], "a shape of its own"), (["--seed", 2 ** 70], "--seed"),
     (["--cot", "poem"], "invalid choice"),
 ])
 def test_a_flag_that_makes_no_sense(tmp_path, flags, says, capsys, request):
     if "--data" in flags:
         request.getfixturevalue("gpt2_tokenizer")  # anything but the toy task is read with it
     refused("train_sup", [*TINY, "--out", tmp_path / "run", *flags], tmp_path, says, capsys)
+
+
+@pytest.mark.parametrize("init, says", [("nowhere.pt", "nowhere.pt: no such file"), ("gpt2", "say --data gsm8k")])
+def test_an_init_that_cannot_be(tmp_path, init, says, capsys):
+    refused("train_sup", ["--init", init, "--out", tmp_path / "run"], tmp_path, says, capsys)
 
 
 def test_top_k_beyond_the_vocabulary_is_all_of_it(tmp_path):

@@ -146,5 +146,5 @@ def test_gpt2_weights_that_do_not_come(monkeypatch, tmp_path, file, says):
     monkeypatch.setattr(model, "GPT2_URL", (tmp_path / file).as_uri())
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
     with pytest.raises(UserError, match=f"--init gpt2: .*{says}"):
-        train_sup.initial_model(SimpleNamespace(init="gpt2"), SimpleNamespace(tokenizer=SimpleNamespace(n_vocab=50304)))
+        train_sup.initial_model(SimpleNamespace(init="gpt2"), SimpleNamespace(tokenizer=SimpleNamespace(name="gpt2", n_vocab=50304)))
     assert list((tmp_path / "hub" / "checkpoints").iterdir()) == []
