@@ -140,6 +140,8 @@ def start(main):
     """Run a script's main; what the system refuses (a folder, a disk) is said in one sentence."""
     try:
         main()
+        if dist.is_initialized():
+            dist.barrier()  # nobody leaves while another one still speaks
     except KeyboardInterrupt:
         raise SystemExit("stopped; what was saved before is untouched")
     except OSError as error:
