@@ -359,12 +359,14 @@ def main(argv=None):
     R = min(len(env.test), args.limit or len(env.test))
     report = {key: dict.fromkeys(WAYS) for key in FIGURES}
     for way, (label, file, thought) in WAYS.items():
-        if not (args.out / f"{file}.pt").is_file():
-            print(f"{label}: left out, there is no {args.out / file}.pt")
+        path, model = args.out / f"{file}.pt", {"latent": llm, "sup": llm1}.get(file)
+        if not model and not path.is_file():
+            print(f"{label}: left out, there is no {path}")
             continue
-        saved = common.load_checkpoint(args.out / f"{file}.pt")
-        common.require_same(args.out / f"{file}.pt", saved["config"], **{f: env.config[f] for f in ("data", "cot", "seed")})
-        model = common.build(saved, "llm", env.device)
+        if not model:
+            saved = common.load_checkpoint(path)
+            common.require_same(path, saved["config"], **{f: env.config[f] for f in ("data", "cot", "seed")})
+            model = common.build(saved, "llm", env.device)
         found = env.evaluate(model, thought=thought, encoder=encoder, top_k=top_k[thought], limit=R)
         found["interval"] = wilson(found["accuracy"] * R, R)
         print(f"{label:26} accuracy {found['accuracy']:.3f}, steps {found['steps']:.1f}, {found['seconds']:.1f} s")

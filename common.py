@@ -317,7 +317,8 @@ class Run:
             dist.all_reduce(values)
             values /= self.env.world
             self.stopping = bool(values[-1] > 0)  # all stop after the same update
-        self.last, norm = dict(zip(figures, values.tolist())), float(values[len(figures)])
+        *values, norm = values[:len(figures) + 1].tolist()  # read once: on a GPU that is where the step is waited for
+        self.last = dict(zip(figures, values))
         if not math.isfinite(self.last["loss"] + norm):
             raise UserError(f"the loss of {self.name} is {self.last['loss']} at step {self.step}, its gradient's norm {norm}: "
                             f"nothing was saved since the last checkpoint; try a smaller --lr than {self.args.lr}")

@@ -107,7 +107,7 @@ def some_cut(batch, c, seed, step, rank=0, world=1):
 def initial_model(args, env):
     """--init: a new GPT, OpenAI's GPT-2, or the LLM of a checkpoint; the flags of its shape then follow it."""
     if args.init in GPT2 and env.tokenizer.name != "gpt2":
-        raise UserError(f"--init {args.init} reads GPT-2's tokens, which the toy task does not have; say --data gsm8k, say")
+        raise UserError(f"--init {args.init} reads GPT-2's tokens, which the toy task does not have; add --data gsm8k")
     try:
         if args.init == "scratch":
             model = GPT(GPTConfig(env.tokenizer.n_vocab, args.block_size, args.n_layer, args.n_head, args.n_embd))
@@ -149,7 +149,7 @@ def main(argv=None):
     if args.no_cot and explicit.exists():  # the two are compared: they must be of the same problems
         common.require_same(explicit, common.load_checkpoint(explicit)["config"],
                             **{field: env.config[field] for field in ("data", "cot", "seed", *common.SHAPE)})
-    elif args.overwrite and env.rank == 0:  # of the old phase 1 nothing may be found and resumed
+    elif args.overwrite and not args.no_cot and env.rank == 0:  # of the old phase 1 nothing may be found and resumed
         for old in "sup.pt", "sup.state.pt":
             (args.out / old).unlink(missing_ok=True)
     run = common.Run("no_cot" if args.no_cot else "sft", args, env, Explicit(llm), {"llm": llm}, train, args.sft_steps)

@@ -115,7 +115,7 @@ def test_a_flag_that_makes_no_sense(tmp_path, flags, says, capsys, request):
     refused("train_sup", [*TINY, "--out", tmp_path / "run", *flags], tmp_path, says, capsys)
 
 
-@pytest.mark.parametrize("init, says", [("nowhere.pt", "nowhere.pt: no such file"), ("gpt2", "say --data gsm8k")])
+@pytest.mark.parametrize("init, says", [("nowhere.pt", "nowhere.pt: no such file"), ("gpt2", "add --data gsm8k")])
 def test_an_init_that_cannot_be(tmp_path, init, says, capsys):
     refused("train_sup", ["--init", init, "--out", tmp_path / "run"], tmp_path, says, capsys)
 
@@ -143,6 +143,13 @@ def test_top_k_beyond_the_vocabulary_is_all_of_it(tmp_path):
 ])
 def test_a_folder_that_holds_something_else(finished, script, flags, says, capsys):
     refused(script, ["--out", finished, *flags], finished, says, capsys)
+
+
+def test_the_baseline_deletes_nothing_of_phase_1(copy):
+    (copy / "sft.pt").unlink()
+    before = (copy / "sup.pt").read_bytes()
+    train_sup.main([*TINY, "--no-cot", "--overwrite", "--out", str(copy)])
+    assert (copy / "sup.pt").read_bytes() == before
 
 
 @pytest.mark.parametrize("script, says", [("compress", "train_sup.py"), ("train_latent", "train_sup.py"), ("analyze", "train_sup.py")])
