@@ -36,6 +36,7 @@ class GPTConfig:
     n_layer: int = 4
     n_head: int = 4
     n_embd: int = 128
+    gelu: str = "none"  # torch's `approximate`: exact, which a CPU is faster at; GPT-2 has "tanh"
 
     def __post_init__(self):
         if self.n_embd % self.n_head:
@@ -51,8 +52,8 @@ class KVCache:
 
     def __init__(self, config, batch, slots, device=None, dtype=None):
         shape = (config.n_layer, batch, config.n_head, slots, config.n_embd // config.n_head)
-        self.k = torch.zeros(shape, device=device, dtype=dtype)  # (layer, B, H, slots, D)
-        self.v = torch.zeros(shape, device=device, dtype=dtype)
+        self.k = torch.empty(shape, device=device, dtype=dtype)  # (layer, B, H, slots, D); none is read before it is filled
+        self.v = torch.empty(shape, device=device, dtype=dtype)
         self.length = 0  # slots in use; GPT.forward moves it on, nothing else does
 
     def append(self, layer, k, v):
@@ -77,17 +78,16 @@ class Attention(nn.Module):
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
 
-    def forward(self, x, mask, cache, at):
+    def forward(self, x, bias, cache, at):
         B, T, C = x.shape
         heads = (B, T, self.n_head, C // self.n_head)
         q, k, v = (y.view(heads).transpose(1, 2) for y in self.c_attn(x).split(C, dim=2))  # (B, H, T, D) each
         if cache is not None:
             k, v = cache.append(self.layer, k, v)  # (B, H, S, D)
         if at is not None:  # everyone is seen, but only those asked for look
-            q, mask = pick(q, at), pick(mask.expand(B, 1, T, -1), at)  # (B, H, P, D), (B, 1, P, S)
-        scores = (q * heads[3] ** -0.5) @ k.transpose(2, 3)  # (B, H, T, S)
-        weights = scores.masked_fill(~mask, -math.inf).softmax(dim=3)
-        y = weights.to(v.dtype) @ v  # (B, H, T, D)
+            q, bias = pick(q, at), pick(bias.expand(B, 1, T, -1), at)  # (B, H, P, D), (B, 1, P, S)
+        scores = (q * heads[3] ** -0.5) @ k.transpose(2, 3) + bias  # (B, H, T, S)
+        y = scores.softmax(dim=3).to(v.dtype) @ v  # (B, H, T, D)
         return self.c_proj(y.transpose(1, 2).reshape(B, -1, C))  # (B, T, C), or (B, P, C)
 
 
@@ -96,9 +96,10 @@ class MLP(nn.Module):
         super().__init__()
         self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd)
         self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
+        self.gelu = config.gelu
 
     def forward(self, x):
-        return self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))  # GPT-2's GELU
+        return self.c_proj(F.gelu(self.c_fc(x), approximate=self.gelu))
 
 
 class Block(nn.Module):
@@ -107,8 +108,8 @@ class Block(nn.Module):
         self.ln_1, self.attn = nn.LayerNorm(config.n_embd), Attention(config, layer)
         self.ln_2, self.mlp = nn.LayerNorm(config.n_embd), MLP(config)
 
-    def forward(self, x, mask, cache, at=None):
-        y = self.attn(self.ln_1(x), mask, cache, at)
+    def forward(self, x, bias, cache, at=None):
+        y = self.attn(self.ln_1(x), bias, cache, at)
         x = y + (x if at is None else pick(x[:, None], at)[:, 0])
         return x + self.mlp(self.ln_2(x))
 
@@ -147,10 +148,11 @@ class GPT(nn.Module):
             mask = torch.ones(T, seen + T, dtype=torch.bool, device=x.device).tril(seen)  # (T, S)
         if mask.dim() == 3:
             mask = mask[:, None]  # (B, 1, T, S): the same for every head
+        bias = torch.zeros(mask.shape, device=x.device).masked_fill(~mask, -math.inf)  # added to the scores of every layer
         x = x + self.wpe(pos)
         for block in self.h[:-1]:
-            x = block(x, mask, cache)
-        x = self.h[-1](x, mask, cache, at)
+            x = block(x, bias, cache)
+        x = self.h[-1](x, bias, cache, at)
         if cache is not None:
             cache.length += T
         return self.ln_f(x)
@@ -174,7 +176,7 @@ class GPT(nn.Module):
                 GPT2_URL.format(name), file_name=f"{name}{GPT2_SHA256.get(name, '')}.bin", check_hash=True,
                 map_location="cpu", weights_only=True)
         state = {k.removeprefix("transformer."): v for k, v in state.items()}
-        model = cls(GPTConfig(vocab_size, 1024, n_layer, n_head, n_embd))
+        model = cls(GPTConfig(vocab_size, 1024, n_layer, n_head, n_embd, gelu="tanh"))
         with torch.no_grad():
             for key, mine in model.state_dict().items():
                 theirs = state.get(key)
