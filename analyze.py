@@ -4,28 +4,29 @@
     python analyze.py --ask "Ann has 6 pens and buys 2. …"    # one question, in the terminal
 
 report.json (shares are 0 … 1; lists go by position, K, k or i; null: not trained, or not defined here):
+    problems, config   how many of the test split; the flags, versions, commit and data of this run and of every model in it
     accuracy, interval (95 %), steps, seconds, unparseable, capped (problems)     {explicit, no_cot, latent, gold}
     controls      accuracy, interval {own, zeroed, shuffled, random}: of the latent model when its chain is given so; donor:
                   the shuffled that give the other problem's answer; cut {problems, k, accuracy}: z_0 … z_{k-1} alone
     continuation  {problems, i, accuracy, next_chunk}: z_0 … z_{i-1} given, the rest written as text: right answers, and
                   problems in which S_i comes next, token for token
-    ecr           K; encoder, latent: {own, chance, maximum}
+    ecr           K; encoder, latent: {own, chance, maximum}: see compress.py
     parallelism   problems, paths; encoder, latent: {n_eff, above_1.7, covered, and each with _random}; orders (toy task),
                   encoder, latent: {mass [order][position], leading [position]: the larger order's share of the mass}
     shape         token_norm {low, mean, high}; encoder, latent: {count, entropy, top1, norm, cosine}
 """
 import json
-import math
 from functools import partial
 from html import escape
 from pathlib import Path
+from string import Template
 from types import SimpleNamespace
 
 import numpy as np
 import torch
 
 import common
-from compress import identity
+from compress import identity, measure_ecr
 from data import Problems, Ragged, known_paths, splits, to_number
 from encoder import chunks, encoder_layout, evaluate, place, summarize, superpose
 from train_sup import bags
@@ -62,12 +63,6 @@ def weight(values, ids, tokens):
     return ((ids[..., None, :] == tokens[..., :, None]) * values[..., None, :]).sum(-1)
 
 
-def ecr(ids, bag, real, ks):
-    """ECR@K: tokens of S_i among the top K of α_i, mean over latents, a list over ks. bag int (R, N, c): the chunks."""
-    match = ((ids[:, :, None, :] == bag[..., None]) & (bag >= 0)[..., None])[real]  # (latents, c, K)
-    return [mean(match[..., :k].any(2).sum(1).double()) for k in ks]
-
-
 def spans(tokens, length, n, c, N):
     """A path in as many spans as there are latents, as sets: its chunks where that is their number, else equal parts of
     a token at least. tokens int64 (..., L), length, n int64 (...) -> int64 (..., N, W)."""
@@ -92,11 +87,11 @@ def parallelism(values, ids, path, n):
     w, tokens, M = weight(values[:, None], ids[:, None], path), path.sort(3)[0], path.size(1)  # (R, M, N, W)
     known = (path >= 0).flatten(2).any(2)                                                      # (R, M)
     score = w.sum(3).clamp(min=FLOOR).log().sum(2) / n[:, None]  # past n the same for all: softmax doesn't see it
-    n_eff = torch.special.entr(score.masked_fill(~known, -math.inf).softmax(1)).sum(1).exp()
+    n_eff = torch.special.entr(score.masked_fill(~known, -torch.inf).softmax(1)).sum(1).exp()
     same = (tokens[:, :, None] == tokens[:, None]).all(4)                                      # (R, M, M, N)
     first = ~(same & torch.ones(M, M).tril(-1).bool()[:, :, None]).any(2) & known[:, :, None]  # (R, M, N)
     differ = first.sum(1) > 1                                                                  # (R, N)
-    full = w.where(path >= 0, math.inf).amin(3) >= COVER
+    full = w.where(path >= 0, torch.inf).amin(3) >= COVER
     return n_eff, ((full & first).sum(1) * differ).sum(1) / differ.sum(1)
 
 
@@ -105,16 +100,16 @@ def orders(values, ids, path):
     shared = (path[:, :, None, :, :, None] == path[:, None, :, :, None, :]).any(5)  # (R, M, M, N, W)
     own = (path >= 0) & ~(shared & ~torch.eye(path.size(1)).bool()[:, :, None, None]).any(2)
     mass = (weight(values[:, None], ids[:, None], path) * own).sum(3)
-    return mass.masked_fill(~own.any(3).all(1)[:, None], math.nan)
+    return mass.masked_fill(~own.any(3).all(1)[:, None], torch.nan)
 
 
 def shape(lat):
     """Entropy in nats, top-1 mass, norm of z, cosine of z_t and z_{t+1}: at each position, mean of the chains so long."""
     real = torch.arange(lat.ids.size(1)) < lat.n[:, None]
-    cosine = torch.cosine_similarity(lat.z[:, :-1], lat.z[:, 1:], dim=2).where(real[:, 1:], math.nan)
+    cosine = torch.cosine_similarity(lat.z[:, :-1], lat.z[:, 1:], dim=2).where(real[:, 1:], torch.nan)
     columns = {"entropy": lat.entropy, "top1": lat.values[:, :, 0], "norm": lat.z.norm(dim=2)}
     return {"count": real.sum(0).tolist(), "cosine": [mean(x) for x in cosine.T],
-            **{name: [mean(x) for x in value.where(real, math.nan).T] for name, value in columns.items()}}
+            **{name: [mean(x) for x in value.where(real, torch.nan).T] for name, value in columns.items()}}
 
 
 # ------------------------------------------------- what the models do; env: also the test split, caps, batch size, c
@@ -192,20 +187,6 @@ def measure_continuation(llm, env, lat):
             "next_chunk": [mean(torch.tensor(e)) for e in exact]}
 
 
-def measure_ecr(lat, bag, ks):
-    """ECR of a chain with the problem's chunks, bag (R, N, c); with the next problem's: chance; with α put on the
-    chunk's most frequent tokens: the maximum."""
-    N, count = min(lat.ids.size(1), bag.size(1)), (bag[:, :, 0] >= 0).sum(1)
-    real = torch.arange(N) < lat.n.minimum(count)[:, None]
-    at = torch.arange(N) % count.roll(1).clamp(min=1)[:, None]  # (R, N): from the start again where its chain is shorter
-    other, bag = bag.roll(1, 0).gather(1, at[:, :, None].expand(-1, -1, bag.size(2))), bag[:, :N]
-    same = bag[..., :, None] == bag[..., None, :]  # (R, N, c, c)
-    often = (same.sum(3) * ~same.tril(-1).any(3)).where(bag >= 0, -1)  # padding comes last
-    best = bag.gather(2, often.argsort(2, descending=True))
-    return {name: ecr(ids, tokens, real, ks) for name, ids, tokens in (
-        ("own", lat.ids[:, :N], bag), ("chance", lat.ids[:, :N], other), ("maximum", best, bag))}
-
-
 def measure_parallelism(env, lats, paths):
     """Both measures for every problem with two paths or more, and for as many paths of other problems; None without."""
     rows = torch.tensor([r for r, known in enumerate(paths) if len(known) > 1])
@@ -236,7 +217,7 @@ def measure_parallelism(env, lats, paths):
 
 # ------------------------------------------------------------------------------------------------------- the picture
 
-STYLE = Path(__file__).with_name("assets") / "report.css"
+PAGE = Path(__file__).with_name("assets") / "report.html"  # `page` puts a figure, a table or a chart for every $name
 
 
 def table(columns):
@@ -249,9 +230,10 @@ def table(columns):
     return f'<div class="wide"><table>{html}</table></div>'
 
 
-def chart(title, note, x, series, top=None):
-    """A line chart. series {name: as many figures as x, None where there is none}; top: of the axis."""
+def chart(series, x=None, top=None):
+    """A line chart and its key. series {name: figures, None where there is none}; x: 1 … where not given; top: of the axis."""
     ys = [y for ys in series.values() for y in ys if y is not None] or [0]
+    x = x or list(range(1, 2 + max((i for ys in series.values() for i, y in enumerate(ys) if y is not None), default=0)))
     top = top or next(a * 10.0 ** e for e in range(-3, 7) for a in (1, 2, 4, 8) if a * 10.0 ** e >= max(map(abs, ys)))
     low = -top if min(ys) < 0 else 0
     px, py = (lambda v: 36 + 316 * (v - x[0]) / (x[-1] - x[0] or 1)), (lambda v: 172 - 160 * (v - low) / (top - low))
@@ -262,8 +244,8 @@ def chart(title, note, x, series, top=None):
         dots = [(f"{px(a):.1f}", f"{py(y):.1f}") for a, y in zip(x, ys) if y is not None]
         art += f'<polyline stroke="var(--c{i})" points="{" ".join(map(",".join, dots))}"/>'
         art += "".join(f'<circle cx="{a}" cy="{b}" r="2.5" fill="var(--c{i})"/>' for a, b in dots)
-    names = "".join(f'<b style="color:var(--c{i})">{name}</b>' for i, name in enumerate(series))
-    return f'<figure><strong>{title}</strong><svg viewBox="0 0 360 196">{art}</svg><figcaption>{names}{note}</figcaption></figure>'
+    return f'<svg viewBox="0 0 360 196">{art}</svg>' + "".join(
+        f'<b class="key" style="color:var(--c{i})">{name}</b>' for i, name in enumerate(series))
 
 
 def visible(tokenizer, ids):
@@ -277,11 +259,11 @@ def heaviest(lat, row, tokenizer):
     return [[(visible(tokenizer, [i]), w) for i, w in zip(*pair)] for pair in top]
 
 
-def picture(lats, row, p, tokenizer, bag):
-    """A problem, folded: question, answers, and each chain as columns, one a latent, the tokens shaded by weight."""
+def picture(lats, row, p, tokenizer, bag, unfold=False):
+    """A problem, to unfold: question, answers, and each chain as columns, one a latent, the tokens shaded by weight."""
     text, right = lats["latent"].answers[row]
-    html = (f"<details><summary>{'<b>✓</b>' if right else '<b class=no>✗</b>'} {escape(p['question'])}</summary><p>{escape(p['chain'])} "
-            f"#### {escape(p['answer'])}<br>the model: {escape(text.removeprefix('<eot>'))}</p>")
+    html = (f"<details{' open' * unfold}><summary>{'<b>✓</b>' if right else '<b class=no>✗</b>'} {escape(p['question'])}</summary>"
+            f"<p>{escape(p['chain'])} #### {escape(p['answer'])}<br>the model: {escape(text.removeprefix('<eot>'))}</p>")
     for name, lat in lats.items():
         html += f'<small>{name}</small><div class="strip">'
         for t, tokens in enumerate(heaviest(lat, row, tokenizer)):
@@ -296,38 +278,24 @@ def picture(lats, row, p, tokenizer, bag):
 def page(r, pictures):
     """report.html: one file, no script, no request. r: the report; pictures: the problems."""
     con, go, par, form, kinds = r["controls"], r["continuation"], r["parallelism"], r["shape"], ("encoder", "latent")
-    charts, upto = lambda *art: f'<div class="charts">{"".join(art)}</div>', lambda ys: list(range(1, 1 + len(ys)))
-    lost = (f"costs {100 * (con['accuracy']['own'] - con['accuracy']['shuffled']):.0f} points"
-            if con["interval"]["shuffled"][1] < con["interval"]["own"][0] else "does as well: the latents do nothing here")
-    body = [f"<h1>Latent reasoning on {escape(r['config']['data'])}</h1><p>{r['config']['problems']} test problems, chunks of "
-            f"{r['config']['chunk_size']} tokens. A step is one forward pass between question and answer.</p>",
-            table({key: {label: r[key][way] for way, (label, *_) in WAYS.items()} for key in FIGURES}),
-            "<p>One of them. A column is a latent: the chunk that it stands for, and its heaviest tokens in percent.</p>",
-            pictures[0].replace("<details>", "<details open>"),
-            f"<h2>Do the latents do the work?</h2><p>The model answers after a chain that it is handed. Another problem’s chain {lost}; "
-            f"{100 * con['donor']:.0f} % then give that problem’s answer.</p>", table({key: con[key] for key in ("accuracy", "interval")}),
-            charts(chart("The chain cut to k latents", f"by k, {con['cut']['problems']} problems", con["cut"]["k"],
-                         {"accuracy": con["cut"]["accuracy"]}, 1),
-                   chart("i chunks as latents, the rest as text", f"by i, {go['problems']} problems, the LLM of phase 1", go["i"],
-                         {"answer": go["accuracy"], "next chunk": go["next_chunk"]}, 1)),
-            "<h2>What a latent holds: ECR@K</h2><p>How many tokens of its chunk are among the top K of α. Chance: another problem’s "
-            "chunk. The paper, Llama-1B, c = 2 and 4: 1.169 and 2.385 at K = 50, 1.866 and 3.640 at K = 300.</p>",
-            table({f"{w}, {f}": dict(zip(r["ecr"]["K"], r["ecr"][w][f])) for w in kinds for f in r["ecr"][w]})]
-    if par:
-        body += [f"<h2>Parallel paths</h2><p>{par['problems']} problems with {par['paths']:.2f} valid paths on average. N_eff: how many "
-                 "are followed alike, be it well or not at all, so that random paths stand beside it. Covered: how many are there "
-                 "where they differ; 1 is one path. The paper: N_eff 3.60 at c = 2, 4.61 at c = 4.</p>", table({w: dict(sorted(par[w].items())) for w in kinds}),
-                 charts(*(chart(f"{w}: mass on the tokens of one order", "by latent", upto(np.trim_zeros([y is not None for y in o["leading"]], "b")),
-                                {**{f"order {m + 1}": ys for m, ys in enumerate(o["mass"])}, "share of the larger": o["leading"]}, 1)
-                          for w, o in (par["orders"] or {}).items()))]
-    norms = "of tokens: {low:.2f} – {high:.2f}, mean {mean:.2f}".format(**form["token_norm"])
-    body += ["<h2>Shape of the latents</h2>", charts(*(
-        chart(title, note, upto(max((form[w][f] for w in kinds), key=len)), {w: form[w][f] for w in kinds}) for f, title, note in (
-            ("entropy", "Entropy of α in nats", "by latent"), ("top1", "Weight of the heaviest token", "by latent"),
-            ("norm", "Norm of z", norms), ("cosine", "Cosine of successive z", "by latent")))),
-        "<h2>More problems</h2>", *pictures[1:]]
-    return ('<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">'
-            f"<title>Latent reasoning</title><style>{STYLE.read_text('utf-8')}</style><body>{''.join(body)}</body></html>")
+    made = {key: escape(str(value)) for key, value in {**r["config"]["sup"], **r["config"]["analyze"]}.items()}
+    lost, sure = con["accuracy"]["own"] - con["accuracy"]["shuffled"], con["interval"]["shuffled"][1] < con["interval"]["own"][0]
+    shapes = {f: chart({w: form[w][f] for w in kinds}) for f in ("entropy", "top1", "norm", "cosine")}
+    two = par and par["orders"] or dict.fromkeys(kinds, {"mass": [], "leading": []})
+    shapes |= {f"order_{w}": chart({**{f"order {m}": ys for m, ys in enumerate(two[w]["mass"], 1)},
+                                    "share of the larger": two[w]["leading"]}, top=1) for w in kinds}
+    made |= {key: f"{x:.2f}" for key, x in form["token_norm"].items()}
+    return Template(PAGE.read_text("utf-8")).substitute(
+        made, **shapes, problems=r["problems"],
+        accuracy=table({key: {label: r[key][way] for way, (label, *_) in WAYS.items()} for key in FIGURES}),
+        first=pictures[0], more="\n".join(pictures[1:]), few=go["problems"], donor=f"{100 * con['donor']:.0f}",
+        verdict=f"costs {100 * lost:.0f} points" if sure else "does as well: the latents do nothing here",
+        controls=table({key: con[key] for key in ("accuracy", "interval")}),
+        cut=chart({"accuracy": con["cut"]["accuracy"]}, con["cut"]["k"], 1),
+        continued=chart({"answer": go["accuracy"], "next chunk": go["next_chunk"]}, go["i"], 1),
+        ecr=table({f"{w}, {f}": dict(zip(r["ecr"]["K"], r["ecr"][w][f])) for w in kinds for f in r["ecr"][w]}),
+        paths="{problems} problems with {paths:.2f} valid paths on average.".format(**par) if par else "None are known here.",
+        parallelism=table({w: dict(sorted(par[w].items())) for w in kinds}) if par else "", hide="" if par and par["orders"] else "hidden")
 
 
 def main(argv=None):
@@ -352,22 +320,22 @@ def main(argv=None):
     if args.ask is not None:
         lat = observe(llm, env, top_k["latent"], 1)
         for i, tokens in enumerate(heaviest(lat, 0, env.tokenizer)):
-            print(f"z_{i:<3}" + "  ".join(f"{' ░▒▓█'[math.ceil(4 * w - 0.2)]} {token[:8]:8} {w:.2f}" for token, w in tokens))
+            print(f"z_{i:<3}" + "  ".join(f"{' ░▒▓█'[int(4 * w + 0.8)]} {token[:8]:8} {w:.2f}" for token, w in tokens))
         return print(lat.answers[0][0].removeprefix("<eot>"))
 
     # every way to think, on the same problems
     R = min(len(env.test), args.limit or len(env.test))
-    report = {key: dict.fromkeys(WAYS) for key in FIGURES}
+    report, saved, models = {key: dict.fromkeys(WAYS) for key in FIGURES}, {"latent": latent, "sup": sup}, {"latent": llm, "sup": llm1}
     for way, (label, file, thought) in WAYS.items():
-        path, model = args.out / f"{file}.pt", {"latent": llm, "sup": llm1}.get(file)
-        if not model and not path.is_file():
-            print(f"{label}: left out, there is no {path}")
-            continue
-        if not model:
-            saved = common.load_checkpoint(path)
-            common.require_same(path, saved["config"], **{f: env.config[f] for f in ("data", "cot", "seed")})
-            model = common.build(saved, "llm", env.device)
-        found = env.evaluate(model, thought=thought, encoder=encoder, top_k=top_k[thought], limit=R)
+        path = args.out / f"{file}.pt"
+        if file not in saved:
+            if not path.is_file():
+                print(f"{label}: left out, there is no {path}")
+                continue
+            saved[file] = common.load_checkpoint(path)
+            common.require_same(path, saved[file]["config"], **{f: env.config[f] for f in ("data", "cot", "seed")})
+            models[file] = common.build(saved[file], "llm", env.device)
+        found = env.evaluate(models[file], thought=thought, encoder=encoder, top_k=top_k[thought], limit=R)
         found["interval"] = wilson(found["accuracy"] * R, R)
         print(f"{label:26} accuracy {found['accuracy']:.3f}, steps {found['steps']:.1f}, {found['seconds']:.1f} s")
         for key in FIGURES:
@@ -377,17 +345,16 @@ def main(argv=None):
     lats = {"encoder": observe(llm1, env, top_k["gold"], R, encoder), "latent": observe(llm, env, top_k["latent"], R)}
     bag = bags(env.test.batch(np.arange(R), np.arange(R)), env.c)  # (R, N, c)
     norm = llm.wte.weight.detach()[:env.tokenizer.n_ordinary].float().norm(dim=1).cpu()
-    report |= {"config": {k: env.config[k] for k in ("data", "chunk_size", "seed", "commit", "torch", "python")}
-               | {"problems": R, "fingerprint": sup["config"]["fingerprint"]},
+    report |= {"problems": R, "config": {"analyze": env.config, **{file: model["config"] for file, model in saved.items()}},
                "controls": measure_controls(llm, env, lats["latent"]),
                "continuation": measure_continuation(llm1, env, lats["encoder"]),
-               "ecr": {"K": KS, **{name: measure_ecr(lat, bag, KS) for name, lat in lats.items()}},
+               "ecr": {"K": KS, **{name: measure_ecr(lat.ids, lat.n, bag, KS) for name, lat in lats.items()}},
                "parallelism": measure_parallelism(env, lats, known_paths(env.test.problems[:R], args.data, args.data_dir, args.cot)),
                "shape": {"token_norm": {"low": norm.quantile(0.05).item(), "mean": mean(norm), "high": norm.quantile(0.95).item()},
                          **{name: shape(lat) for name, lat in lats.items()}}}
     report = json.loads(json.dumps(report), parse_float=lambda x: round(float(x), 4), parse_constant=lambda _: None)
     shown = [row for ok in (True, False) for row in [r for r in range(R) if lats["latent"].answers[r][1] == ok][:SHOWN]]
-    pictures = [picture(lats, row, env.test.problems[row], env.tokenizer, bag) for row in shown]
+    pictures = [picture(lats, row, env.test.problems[row], env.tokenizer, bag, row == shown[0]) for row in shown]
     html = page(report, pictures).encode("utf-8", "replace")  # a question may hold half a character
     common.write(args.out / "report.json", lambda f: f.write(json.dumps(report, indent=1).encode()))
     common.write(args.out / "report.html", lambda f: f.write(html))

@@ -152,10 +152,10 @@ def start(main):
 
 
 def commit():
-    """The git commit of this code, or 'unknown'."""
+    """The git commit of this code, '-dirty' where files differ from it, or 'unknown'."""
     try:
-        return subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True,
-                              check=True).stdout.strip()
+        return subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"], cwd=Path(__file__).parent,
+                              capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
 
@@ -198,7 +198,6 @@ def load_checkpoint(path):
         raise UserError(f"{path}: not a checkpoint of this project ({type(error).__name__})")
 
 
-
 def require_same(path, saved, **mine):
     """Refuse what an earlier phase made of something else: UserError naming the field and both values."""
     for field, value in mine.items():
@@ -211,7 +210,6 @@ def build(checkpoint, name, device):
     model = GPT(GPTConfig(**checkpoint["config"]["model"])).to(device)
     model.load_state_dict(checkpoint["models"][name])
     return model.eval()
-
 
 
 # ------------------------------------------------------------------------------------------- training loop

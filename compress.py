@@ -10,7 +10,8 @@ written to --out/latents are flat arrays that phase 3 maps into memory:
     offsets.npy  int64 (problems + 1,)  problem r's latents are rows offsets[r] … offsets[r+1] - 1
     meta.json    whose data, chunk size, tokenizer and encoder these are; the mass kept; how far the work has come
 
-Interrupted and run again with --resume it does the rest. Next: python train_latent.py
+At the end it says how much of its chunk a summary holds (ECR). Interrupted and run again with --resume it does the rest.
+Next: python train_latent.py
 """
 import hashlib
 import json
@@ -23,8 +24,38 @@ from tqdm import tqdm
 import common
 from data import UserError, splits
 from encoder import chunks, encoder_layout, summarize
+from train_sup import bags
 
 SAVE_EVERY = 20  # batches between two notes of how far the work has come
+SAMPLE = 1000    # problems whose ECR is measured
+
+
+# -------------------------------------------------------------------------------------------- what a summary holds
+
+def ecr(ids, bag, real, ks):
+    """ECR@K, the effective compression rate: tokens of S_i among the top K of α_i, mean over latents, a list over ks.
+
+    ids int (R, N, K): α's largest entries in falling order; bag int (R, N, c): the chunks, padded with -1; real (R, N).
+    """
+    match = ((ids[:, :, None, :] == bag[..., None]) & (bag >= 0)[..., None])[real]  # (latents, c, K)
+    return [match[..., :k].any(2).sum(1).double().mean().item() for k in ks]
+
+
+def measure_ecr(ids, n, bag, ks):
+    """ECR of R chains with their own chunks, bag (R, N, c); with the next problem's: chance; with α put on the chunk's most
+    frequent tokens: the maximum. n (R,): latents in a chain (DESIGN 7)."""
+    N, count = min(ids.size(1), bag.size(1)), (bag[:, :, 0] >= 0).sum(1)
+    real = torch.arange(N) < n.minimum(count)[:, None]
+    at = torch.arange(N) % count.roll(1).clamp(min=1)[:, None]  # (R, N): from the start again where its chain is shorter
+    other, bag = bag.roll(1, 0).gather(1, at[:, :, None].expand(-1, -1, bag.size(2))), bag[:, :N]
+    same = bag[..., :, None] == bag[..., None, :]  # (R, N, c, c)
+    often = (same.sum(3) * ~same.tril(-1).any(3)).where(bag >= 0, -1)  # padding comes last
+    best = bag.gather(2, often.argsort(2, descending=True))
+    return {name: ecr(ids, tokens, real, ks) for name, ids, tokens in (
+        ("own", ids[:, :N], bag), ("chance", ids[:, :N], other), ("maximum", best, bag))}
+
+
+# ------------------------------------------------------------------------------------------------------- the store
 
 
 def identity(weights):
@@ -139,6 +170,12 @@ def main(argv=None):
                 raise UserError(f"stopped after {at} of {len(batches)} batches and saved; go on with --resume")
     print(f"{folder}: {offsets[-1]} latents of {len(train)} problems; the top {K} hold "
           f"{mass / max(1, offsets[-1]):.4f} of α's mass")
+    if offsets[-1]:
+        rows = np.arange(min(SAMPLE, len(train)))
+        bag, n = bags(train.batch(rows, rows), c), torch.from_numpy(chunks(train.s.length[rows], c))  # (R, N, c), (R,)
+        rate = measure_ecr(Store(folder)(rows, bag.size(1))[1], n, bag, [c])
+        print("of a chunk's {} tokens, {:.2f} are among the top {} of its α; {:.2f} of another problem's; {:.2f} is the most "
+              "there can be".format(c, rate["own"][0], c, rate["chance"][0], rate["maximum"][0]))
 
 
 if __name__ == "__main__":

@@ -16,7 +16,10 @@ Shapes, here and in every file:
     N  chunks = latent tokens    K  kept by top-k          P  positions asked for
 """
 import math
+import re
+import urllib.request
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.nn as nn
@@ -26,7 +29,7 @@ GPT2 = {  # layers, heads, channels; all have 1024 positions
     "gpt2": (12, 12, 768), "gpt2-medium": (24, 16, 1024), "gpt2-large": (36, 20, 1280), "gpt2-xl": (48, 25, 1600),
 }
 GPT2_URL = "https://huggingface.co/openai-community/{}/resolve/main/pytorch_model.bin"
-GPT2_SHA256 = {"gpt2": "-7c5d3f4b8b76583b"}  # how the file's checksum begins, where we know it; torch reads it off the name
+GPT2_SHA256 = {"gpt2": "7c5d3f4b8b76583b422fcb9189ad6c89d5d97a094541ce8932dce3ecabde1421"}  # the others': the hub says
 
 
 @dataclass
@@ -165,17 +168,12 @@ class GPT(nn.Module):
     def from_gpt2(cls, name, vocab_size=50304, state=None):
         """GPT-2's published weights, with rows added to the vocabulary for the special tokens.
 
-        Downloads to torch's own cache on first use; `state` is a state dict to read instead.
+        `state` is a state dict to read instead of the published one (see gpt2_weights, and what that raises).
         A new row is the mean of the old ones: GPT-2's logits are far below zero, so that a row near zero
-        would win every softmax. Raises ValueError where a tensor is missing or has another shape, and what torch raises
-        (OSError, RuntimeError) where the download fails or has another checksum.
+        would win every softmax. Raises ValueError where a tensor is missing or has another shape.
         """
         n_layer, n_head, n_embd = GPT2[name]
-        if state is None:
-            state = torch.hub.load_state_dict_from_url(
-                GPT2_URL.format(name), file_name=f"{name}{GPT2_SHA256.get(name, '')}.bin", check_hash=True,
-                map_location="cpu", weights_only=True)
-        state = {k.removeprefix("transformer."): v for k, v in state.items()}
+        state = {k.removeprefix("transformer."): v for k, v in (state or gpt2_weights(name)).items()}
         model = cls(GPTConfig(vocab_size, 1024, n_layer, n_head, n_embd, gelu="tanh"))
         with torch.no_grad():
             for key, mine in model.state_dict().items():
@@ -190,3 +188,22 @@ class GPT(nn.Module):
                     raise ValueError(f"the GPT-2 weights have {key!r} as {tuple(theirs.shape)}, not {tuple(mine.shape)}")
                 mine.copy_(theirs)
         return model
+
+
+def gpt2_weights(name):
+    """GPT-2's state dict as published: from torch's cache, or downloaded there by torch and checked against its SHA-256.
+
+    Raises OSError, RuntimeError or ValueError where the download fails, or is not the published file.
+    """
+    file, url = Path(torch.hub.get_dir(), "checkpoints", f"openai-{name}.bin"), GPT2_URL.format(name)
+    if not file.is_file():
+        sha256 = GPT2_SHA256.get(name)
+        if sha256 is None:  # in the hub's git, where a large file stands, is a note that names it by its checksum
+            with urllib.request.urlopen(url.replace("/resolve/", "/raw/"), timeout=60) as note:
+                found = re.search(rb"sha256:([0-9a-f]{64})", note.read(1000))
+            if not found:
+                raise ValueError(f"the hub does not say the checksum of {url}; try again later")
+            sha256 = found[1].decode()
+        file.parent.mkdir(parents=True, exist_ok=True)
+        torch.hub.download_url_to_file(url, str(file), sha256)  # beside, checked, then moved
+    return torch.load(file, map_location="cpu", weights_only=True)

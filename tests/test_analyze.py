@@ -15,7 +15,8 @@ import data
 import toy
 import train_latent
 import train_sup
-from analyze import ecr, measure_ecr, mean, orders, parallelism, shape, spans, wilson
+from analyze import mean, orders, parallelism, shape, spans, wilson
+from compress import ecr, measure_ecr
 from data import UserError, known_paths, parse_solved
 from encoder import evaluate
 from model import GPT, GPTConfig
@@ -82,7 +83,7 @@ def test_ecr_elsewhere_and_of_latents_that_do_not_count():
     assert ecr(top({8: 1}, {8: 1}, {8: 1}, K=1)[1], BAG, REAL, [1]) == [0]
     real = torch.tensor([[True, False, False]])
     assert ecr(top({1: 1}, {8: 1}, {8: 1})[1], BAG, real, [1]) == [1]
-    assert ecr(top({1: 1}, {8: 1}, {8: 1})[1], BAG, ~REAL, [1]) == [None]
+    assert math.isnan(ecr(top({1: 1}, {8: 1}, {8: 1})[1], BAG, ~REAL, [1])[0])
 
 
 def test_ecr_of_uniform_alpha_is_chance():
@@ -97,19 +98,19 @@ def test_ecr_maximum_and_chance():
     """A token that stands twice counts twice; chance is the next problem's chunk, from the start again where it ends."""
     bag = torch.tensor([[[1, 1, 2], [3, 4, 6]], [[7, 8, -1], [-1, -1, -1]]])
     ids = torch.stack([torch.tensor([[7, 1], [8, 3]]), torch.tensor([[1, 2], [3, 4]])])
-    found = measure_ecr(SimpleNamespace(ids=ids, n=torch.tensor([2, 1])), bag, [1, 2, 3])
+    found = measure_ecr(ids, torch.tensor([2, 1]), bag, [1, 2, 3])
     # the latents: problem 0's two and problem 1's first
     assert found["maximum"] == pytest.approx([(2 + 1 + 1) / 3, (3 + 2 + 2) / 3, (3 + 3 + 2) / 3])
     assert found["own"][:2] == pytest.approx([0, (2 + 1 + 0) / 3])
     assert found["chance"][:2] == pytest.approx([(1 + 1 + 2) / 3, (1 + 1 + 3) / 3])
-    short = measure_ecr(SimpleNamespace(ids=ids, n=torch.tensor([1, 1])), bag, [1])  # a chain that ends before its chunks
+    short = measure_ecr(ids, torch.tensor([1, 1]), bag, [1])  # a chain that ends before its chunks
     assert short["maximum"] == pytest.approx([(2 + 1) / 2])
 
 
 def test_ecr_maximum_of_a_short_chunk():
     """The padding of a short last chunk is no token that stands there often."""
     bag, ids = torch.tensor([[[5, -1, -1, -1]]]), torch.tensor([[[5]]])
-    found = measure_ecr(SimpleNamespace(ids=ids, n=torch.tensor([1])), bag, [1, 2])
+    found = measure_ecr(ids, torch.tensor([1]), bag, [1, 2])
     assert found["own"] == found["maximum"] == [1, 1]
 
 
@@ -319,10 +320,10 @@ def test_what_cannot_be_printed_is_a_dot(toy_tokenizer):
 
 
 def test_chart_breaks_at_nothing():
-    svg = analyze.chart("t", "n", [0, 1, 2], {"a": [None, 0.5, 1.0], "b": [None] * 3})
+    svg = analyze.chart({"a": [None, 0.5, 1.0], "b": [None] * 3}, [0, 1, 2])
     assert svg.count("<circle") == 2 and "nan" not in svg.lower()
-    assert Page(analyze.chart("t", "n", [1], {"a": [-0.5]})).open == []
-    assert Page(analyze.chart("t", "n", [], {"a": []})).open == []
+    assert Page(analyze.chart({"a": [-0.5]}, [1])).open == []
+    assert Page(analyze.chart({"a": []})).open == []
 
 
 # ------------------------------------------------------------------------------------------------------ a run, all of it
@@ -374,8 +375,19 @@ def test_page_holds_what_the_report_says(run):
 
 def test_report_is_the_same_whatever_the_batch(run):
     one, other = report(run, "--batch-size", "3"), report(run, "--batch-size", "64")
-    one.pop("seconds"), other.pop("seconds")
-    assert one == other
+    assert (one["config"]["analyze"].pop("batch_size"), other["config"]["analyze"].pop("batch_size")) == (3, 64)
+    assert one.pop("seconds").keys() == other.pop("seconds").keys() and one == other
+
+
+def test_report_says_how_everything_in_it_was_made(run):
+    config = report(run, "--limit", "2")["config"]
+    assert set(config) == {"analyze", "sft", "sup", "latent"}
+    for made in config.values():
+        assert {"seed", "commit", "torch", "python", "device", "dtype", "batch_size"} <= set(made)
+    assert config["analyze"]["limit"] == 2 and config["sup"]["bag"] == 1 and config["latent"]["noise"] == 0.25
+    assert len({config[phase]["fingerprint"] for phase in ("sft", "sup", "latent")}) == 1
+    page = Page((run / "report.html").read_text())
+    assert config["sup"]["fingerprint"] in page.text and config["analyze"]["commit"] in page.text
 
 
 def test_ask_shows_a_chain_of_unknown_words(run, capsys):

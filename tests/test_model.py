@@ -1,4 +1,6 @@
 """The GPT: what it sees, its cache, and GPT-2's weights read in."""
+import hashlib
+import io
 import math
 from types import SimpleNamespace
 
@@ -139,12 +141,48 @@ def test_gpt2_weights_that_do_not_fit(small_gpt2, change, complaint):
         GPT.from_gpt2("gpt2", vocab_size=16, state=state)
 
 
-@pytest.mark.parametrize("file, says", [("other.bin", "invalid hash value"), ("nowhere.bin", "nowhere.bin")])
-def test_gpt2_weights_that_do_not_come(monkeypatch, tmp_path, file, says):
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    """A hub of small files: hub("gpt2-xl", content, note) publishes them; where torch keeps what it downloads."""
+    monkeypatch.setattr(model, "GPT2_URL", tmp_path.as_uri() + "/resolve/{}.bin")
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "cache"))
+    for name in "resolve", "raw":
+        (tmp_path / name).mkdir()
+
+    def publish(name, content, note=b""):
+        (tmp_path / "resolve" / f"{name}.bin").write_bytes(content)
+        (tmp_path / "raw" / f"{name}.bin").write_bytes(note)
+    publish.cache = tmp_path / "cache" / "checkpoints"
+    return publish
+
+
+def init(name):
+    return train_sup.initial_model(SimpleNamespace(init=name), SimpleNamespace(tokenizer=SimpleNamespace(name="gpt2", n_vocab=16)))
+
+
+@pytest.mark.parametrize("name, content, note, says", [
+    ("gpt2", b"another file", b"", "invalid hash value"),
+    ("gpt2-xl", b"another file", b"oid sha256:" + b"0" * 64, "invalid hash value"),
+    ("gpt2-xl", b"a file", b"<html>Not today</html>", "does not say the checksum"),
+    ("gpt2-large", None, None, "gpt2-large.bin"),
+])
+def test_gpt2_weights_that_do_not_come(hub, name, content, note, says):
     """Through torch's own downloader: another file than the published one is refused, and nothing of it is kept."""
-    torch.save({"wte.weight": torch.zeros(2, 2)}, tmp_path / "other.bin")
-    monkeypatch.setattr(model, "GPT2_URL", (tmp_path / file).as_uri())
-    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
-    with pytest.raises(UserError, match=f"--init gpt2: .*{says}"):
-        train_sup.initial_model(SimpleNamespace(init="gpt2"), SimpleNamespace(tokenizer=SimpleNamespace(name="gpt2", n_vocab=50304)))
-    assert list((tmp_path / "hub" / "checkpoints").iterdir()) == []
+    if content:
+        hub(name, content, note)
+    with pytest.raises(UserError, match=f"--init {name}: .*{says}"):
+        init(name)
+    assert not hub.cache.exists() or list(hub.cache.iterdir()) == []
+
+
+def test_gpt2_weights_come_once(hub, monkeypatch):
+    """Downloaded, checked against what the hub says of them, and from then on read from torch's cache."""
+    file = io.BytesIO()
+    torch.save({k: v.float() for k, v in gpt2_state("").items()}, file)
+    hub("gpt2-medium", file.getvalue(), b"version 1\noid sha256:" + hashlib.sha256(file.getvalue()).hexdigest().encode() + b"\nsize 7\n")
+    monkeypatch.setitem(model.GPT2, "gpt2-medium", (2, 2, 8))
+    first = model.gpt2_weights("gpt2-medium")
+    hub("gpt2-medium", b"gone", b"gone")
+    assert all(torch.equal(first[k], v) for k, v in model.gpt2_weights("gpt2-medium").items())
+    assert [f.name for f in hub.cache.iterdir()] == ["openai-gpt2-medium.bin"]
+    assert GPT.from_gpt2("gpt2-medium", 16).config.gelu == "tanh"
