@@ -15,8 +15,10 @@ import json
 import math
 import os
 import platform
+import re
 import signal
 import subprocess
+import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -52,7 +54,7 @@ def parser(doc, phase):
     add("--out", type=Path, help="folder to write to, and to find the earlier phases in (default: out/<data>)")
     add("--seed", type=int, help="of weights, toy problems, order of the data and noise (default: 0)")
     add("--device", help="cpu, cuda, cuda:1, mps, … (default: cuda where there is one)")
-    add("--dtype", choices=["float32", "bfloat16"], help="of the matmuls (default: bfloat16 on cuda, else float32)")
+    add("--dtype", choices=["float32", "bfloat16"], help="of the matmuls (default: bfloat16 on cuda, else float32; on cuda that is TF32)")
     add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile the training step (default: on cuda)")
     add("--chunk-size", type=int, help="c, tokens of the chain in one latent token")
     add("--top-k", type=int, help="entries of α kept, 0 = all: in z (phase 1; default 0), in the store (phase 2; default "
@@ -138,6 +140,7 @@ def setup(p, phase, argv=None):
 
 def start(main):
     """Run a script's main; what the system refuses (a folder, a disk) is said in one sentence."""
+    sys.stdout.reconfigure(errors="replace")  # a terminal without α is no reason to stop
     try:
         main()
         if dist.is_initialized():
@@ -263,7 +266,7 @@ class Run:
         if env.rank == 0:
             log = args.out / f"{name}.jsonl"
             rows = log.read_bytes().splitlines(True) if self.step and log.exists() else []
-            kept = [row for row in rows if row.endswith(b"\n") and json.loads(row)["step"] <= self.step]
+            kept = [row for row in rows if (m := re.match(rb'{"step": (\d+),.*}\n$', row)) and int(m[1]) <= self.step]
             write(log, lambda file: file.writelines(kept))  # what was logged after the last save happens again
             self.log = open(log, "a", buffering=1)
 
@@ -305,7 +308,7 @@ class Run:
             return self.net(*layouts)
 
     def update(self, loss, figures):
-        """One AdamW update: 5 % of the steps to warm up, then a cosine to zero."""
+        """One AdamW update: a cosine to zero, under a ramp over the first 5 % of the steps."""
         loss.backward()  # before anything is read, which waits for the device
         figures = {"loss": loss.detach(), **{k: v.detach() for k, v in figures.items()}}
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)

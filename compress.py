@@ -42,7 +42,7 @@ def ecr(ids, bag, real, ks):
 
 
 def measure_ecr(ids, n, bag, ks):
-    """ECR of R chains with their own chunks, bag (R, N, c); with the next problem's: chance; with α put on the chunk's most
+    """ECR of R chains with their own chunks, bag (R, N, c); with another problem's: chance; with α put on the chunk's most
     frequent tokens: the maximum. n (R,): latents in a chain (DESIGN 7)."""
     N, count = min(ids.size(1), bag.size(1)), (bag[:, :, 0] >= 0).sum(1)
     real = torch.arange(N) < n.minimum(count)[:, None]

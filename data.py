@@ -30,6 +30,7 @@ GSM8K_SHA256 = {
     "example_model_solutions.jsonl": "4bc62db838f8418365d51c627bd66294cbdca9fb7f01519cb13f0dce8c51580b",
 }
 TOY_SIZE = {"train": 16000, "val": 256, "test": 1000}
+MOST = {"val": 1000}    # of a large file the first so many: they are decoded again and again
 LONGEST_LINE = 100_000  # characters
 NUMBER = re.compile(r"(?:(?<![\w)])[-+])?(?:\d[\d,]*)?\.?\d+(?:\s*/\s*\d+)?")
 
@@ -101,7 +102,7 @@ def load(name, split, data_dir=None, cot="steps", seed=0):
 
     name   toy | gsm8k | gsm8k-aug | a .jsonl file in GSM8K's form | a folder with train.jsonl and test.jsonl
     cot    'steps': the calculator annotations in order, '<<48/2=24>> <<48+24=72>>'; 'text': the whole solution
-    A split that has no file of its own is cut out of the other by `split_of`: 5 % each.
+    'val', and where there is one file only 'test', are cut out of it by `split_of`: 5 % each.
     Raises UserError naming the file, the line and what was expected there.
     """
     if name == "toy":
@@ -128,7 +129,7 @@ def load(name, split, data_dir=None, cot="steps", seed=0):
 
 def read(file, parse, cot):
     if not file.is_file():
-        raise UserError(f"{file}: no such file; name the folder that has it with --data-dir")
+        raise UserError(f"{file}: no such file; it should be in the folder of --data-dir, or that of --data")
     rows = []
     try:
         with open(file, encoding="utf-8-sig", newline=None) as lines:
@@ -195,12 +196,15 @@ def problem(question, text, cot):
 
 def known_paths(problems, name, data_dir, cot):
     """Each problem's different chains known to be right: the toy task's own, or those OpenAI published for GSM8K's test."""
-    file, known = Path(data_dir or "data/gsm8k" if name == "gsm8k" else name) / "example_model_solutions.jsonl", {}
+    folder, known = Path(data_dir or f"data/{name}" if name in ("gsm8k", "gsm8k-aug") else name), {}
+    file = folder / "example_model_solutions.jsonl"
     try:
         if name == "gsm8k":
             fetch(file)
-        if name != "toy":
+        if file.is_file():
             known = dict(read(file, parse_solved, cot))
+        elif name != "toy":
+            print(f"no chains but the given ones are known (there is no {file})")
     except UserError as error:
         print(f"no chains but the given ones are known ({error})")
     return [p.get("paths") or [s for s in dict.fromkeys([p["chain"], *known.get(p["question"], [])]) if s] for p in problems]
@@ -337,10 +341,11 @@ class Problems:
 
 
 def splits(args, env, names=("train", "val"), no_cot=False):
-    """The Problems of these splits; says how many there are and how many were too long."""
-    found = [Problems(load(args.data, split, args.data_dir, args.cot, args.seed), env.tokenizer, args.block_size,
-                      no_cot=no_cot) for split in names]
-    if env.rank == 0:
-        print("; ".join(f"{split}: {len(p)} problems, {p.dropped} dropped as longer than --block-size {args.block_size}"
-                        for split, p in zip(names, found)))
+    """The Problems of these splits; says how many there are, and what is amiss with some."""
+    rows = {split: load(args.data, split, args.data_dir, args.cot, args.seed)[:MOST.get(split)] for split in names}
+    found = [Problems(rows[split], env.tokenizer, args.block_size, no_cot=no_cot) for split in names]
+    for split, p in zip(names, found if env.rank == 0 else ()):
+        empty = 0 if no_cot else int((p.s.length == 0).sum())
+        print(f"{split}: {len(p)} problems, {p.dropped} dropped as longer than --block-size {args.block_size}"
+              + f", {empty} without a chain of thought (--cot text: their whole solutions)" * (empty > 0))
     return found

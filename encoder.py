@@ -26,16 +26,16 @@ from model import KVCache
 
 
 class Layout(NamedTuple):
-    """Where everything is in a batch of sequences. All int64; padding is 0 throughout, with weight 0."""
+    """Where everything is in a batch of sequences, int64 but for weight. Padding is ids 0 with weight 0."""
 
     ids: torch.Tensor     # (B, T) tokens; at a latent token whatever, its vector is placed there
     pos: torch.Tensor     # (B, T) positions
-    seg: torch.Tensor     # (B, T) whose text it is: 0 what everyone may see, i chunk i's, n the answer's; -1 a <sum>
+    seg: torch.Tensor     # (B, T) whose text it is: 0 what everyone may see, i chunk i's, n (at least 1) the answer's; -1 a <sum>
     latent: torch.Tensor  # (B, T) i + 1 where z_i stands, else 0
     at: torch.Tensor      # (B, P) where something is predicted,
     target: torch.Tensor  # (B, P) what,
     weight: torch.Tensor  # (B, P) float32: and its weight in the loss; a row's weights sum to 1
-    mark: torch.Tensor    # (B, N) where the <sum> L_i stands (encoder), or where z_i is predicted (LLM)
+    mark: torch.Tensor    # (B, N) where the <sum> L_i stands (encoder), or the slot before z_i, which predicts it (phase 3)
     n: torch.Tensor       # (B,) latent tokens in this row
 
     def to(self, device):
@@ -187,8 +187,8 @@ def supervision_mask(seg, latent=None):
         z₂    ■  ■  ·  ·  ■  ·  ■        all they know of it is in the z
         Ans   ■  ■  ·  ·  ■  ·  ■  ■
 
-    With `latent` (B, T), an ablation as in the authors' code: S_{i+1} sees z_i and itself, and neither X nor
-    the earlier z.
+    With `latent` (B, T), an ablation as in the authors' code: S_{i+1} sees z_i, the one before it, and itself, and
+    neither X nor the earlier z.
     """
     key, query = seg[:, None, :], seg[:, :, None]
     visible = (key == 0) | (key == query)
@@ -253,7 +253,7 @@ def decode(llm, tokenizer, x, length, latent=False, top_k=0, max_latents=0, max_
     """Answer a batch of prompts, greedily: as text or in latents, all rows together on one KV cache.
 
     x, length    float (B, T, C) prompts padded on the right, int64 (B,) their lengths. A prompt ends with
-                 <bot> to have the model think, or with <eot> after latents of your own
+                 <bot> or a z to have the model think on, or with <eot> after latents of your own
     latent       think in latent tokens: each step feeds z = Σ q[v]·E[v], q the next-token distribution over the
                  ordinary vocabulary (or its `top_k`), until argmax q is <eot>; then text, as everyone
     max_*        caps on latent steps and on tokens; a row that meets one is marked in `capped`. A chain of
@@ -315,7 +315,7 @@ def evaluate(llm, problems, env, thought, caps, encoder=None, chunk_size=0, top_
     prompt   called as prompt(batch): (x, length) as `decode` takes them, in place of X <bot>
     watch    called as watch(batch, …) where `decode` calls its own
     Returns accuracy, steps (mean between question and answer), capped, unparseable (counts), seconds, and answers,
-    {row: (text, right)}.
+    {row: (text, right, its ids)}.
     """
     t, start, answers, steps, capped, unparseable = env.tokenizer, time.time(), {}, 0, 0, 0
     batch_size = batch_size or max(64, 2 ** 17 // t.n_vocab)  # (B, N, V) is large where V is
@@ -333,14 +333,14 @@ def evaluate(llm, problems, env, thought, caps, encoder=None, chunk_size=0, top_
             text = t.decode(tokens)
             number = to_number(text)
             unparseable += number is None
-            answers[row] = (text, number == to_number(problems.problems[row]["answer"]))
+            answers[row] = (text, number == to_number(problems.problems[row]["answer"]), tokens)
             if thought == "text":
                 latents = tokens.index(t.eot) if t.eot in tokens else len(tokens)
             elif thought == "gold":
                 latents = int(chunks(problems.s.length[row], chunk_size))
             steps += latents
     n = len(answers)
-    return dict(accuracy=sum(right for _, right in answers.values()) / n, steps=steps / n, capped=capped,
+    return dict(accuracy=sum(right for _, right, _ in answers.values()) / n, steps=steps / n, capped=capped,
                 unparseable=unparseable, seconds=time.time() - start, answers=answers)
 
 

@@ -29,7 +29,7 @@ GPT2 = {  # layers, heads, channels; all have 1024 positions
     "gpt2": (12, 12, 768), "gpt2-medium": (24, 16, 1024), "gpt2-large": (36, 20, 1280), "gpt2-xl": (48, 25, 1600),
 }
 GPT2_URL = "https://huggingface.co/openai-community/{}/resolve/main/pytorch_model.bin"
-GPT2_SHA256 = {"gpt2": "7c5d3f4b8b76583b422fcb9189ad6c89d5d97a094541ce8932dce3ecabde1421"}  # the others': the hub says
+GPT2_SHA256 = {"gpt2": "7c5d3f4b8b76583b422fcb9189ad6c89d5d97a094541ce8932dce3ecabde1421"}  # others: see gpt2_weights
 
 
 @dataclass

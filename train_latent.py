@@ -59,7 +59,7 @@ class LatentReasoner(nn.Module):
 
 
 def gumbel_noise(seed, step, size, rank=0, world=1, scale=1.0):
-    """float32 Gumbel(0, 1), a function of (seed, step): the same when a run is resumed or shared out."""
+    """float32 scale · Gumbel(0, 1), a function of (seed, step): the same when a run is resumed or shared out."""
     g = np.random.default_rng([seed, step, 3]).gumbel(size=size).astype(np.float32)
     return torch.from_numpy(scale * g[rank::world])
 

@@ -2,7 +2,7 @@
 
     python train_sup.py                              # the toy task, a few minutes on a laptop
     python train_sup.py --data gsm8k                 # GSM8K, downloaded once
-    python train_sup.py --data gsm8k --init gpt2     # from OpenAI's GPT-2
+    python train_sup.py --data gsm8k --init gpt2 --lr 1e-4     # from OpenAI's GPT-2
     python train_sup.py --no-cot                     # the baseline that answers at once
     torchrun --nproc-per-node 2 train_sup.py …       # several GPUs, or machines that share --out
 
@@ -12,6 +12,7 @@ must predict chunk S_{i+1}. The only path from the loss to the encoder is throug
 """
 import copy
 import pickle
+from http.client import HTTPException
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import common
-from data import UserError, splits
+from data import UserError, load, splits
 from encoder import (chunks, encoder_layout, evaluate, explicit_layout, llm_layout, place, summarize, superpose,
                      supervision_mask)
 from model import GPT, GPT2, GPTConfig
@@ -117,8 +118,8 @@ def initial_model(args, env):
             saved = common.load_checkpoint(Path(args.init))
             common.require_same(args.init, saved["config"], tokenizer=env.tokenizer.name)
             model = common.build(saved, "llm", "cpu")
-    except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
-        raise UserError(f"--init {args.init}: {error}")
+    except (OSError, RuntimeError, ValueError, EOFError, KeyError, HTTPException, pickle.UnpicklingError) as error:
+        raise UserError(f"--init {args.init}: {error or type(error).__name__}")
     for field in common.SHAPE:
         env.config[field] = getattr(model.config, field)
         setattr(args, field, env.config[field])
@@ -129,13 +130,13 @@ def initial_model(args, env):
 
 def main(argv=None):
     p = common.parser(__doc__, "sup")
-    p.add_argument("--no-cot", action="store_true", help="train the baseline X <eot> Ans instead, as no_cot.pt, and stop")
+    p.add_argument("--no-cot", action="store_true", help="train the baseline that answers at once instead, X <bot> <eot> Ans, for --sft-steps, as no_cot.pt")
     p.add_argument("--bag", type=float, default=1.0, help="bag-of-tokens warm-up: weight at the start (default 1; 0 = off)")
     p.add_argument("--bag-until", type=float, default=2.0, help="… reaching 0 at this multiple of the steps (default 2: half is "
                    "left at the end)")
-    p.add_argument("--rest", type=float, default=0.0, help="weight of a second loss: after z_0 … z_i, i drawn anew, write all "
-                   "that follows as text, so that the LLM can go on from any latent (default 0 = off)")
-    p.add_argument("--local", action="store_true", help="ablation: a chunk sees only its z and itself, as in the authors' code")
+    p.add_argument("--rest", type=float, default=0.0, help="weight of a second loss: after the first k latents, k drawn anew, write "
+                   "all that follows as text, so that the LLM can go on from any latent (default 0 = off)")
+    p.add_argument("--local", action="store_true", help="ablation: a chunk sees only the z before it and itself, as in the authors' code")
     args, env = common.setup(p, "sup", argv)
     tokenizer, c = env.tokenizer, args.chunk_size
 
@@ -143,6 +144,7 @@ def main(argv=None):
     llm = initial_model(args, env)
     train, val = splits(args, env, no_cot=args.no_cot)
     caps = train.caps(c)
+    load(args.data, "test", args.data_dir, args.cot, args.seed)  # analyze.py needs it: say now if it is not there
 
     # explicit warm-up, or the no-CoT baseline
     explicit = args.out / "sft.pt"

@@ -281,13 +281,15 @@ class Loops(Bench):
             "ltsum": self.ltsum, "ltsum loop": self.ltsum_loop,
             "cached": self.cached, "uncached": lambda: self.cached(False),
             "latent": lambda: self.decode(True, batches=many), "explicit": lambda: self.decode(False, batches=many),
-            "single": lambda: [self.decode(True, slice(i, i + 1), many) for i in range(4)],
+            "one latent": lambda: [self.decode(True, slice(i, i + 1), many) for i in range(4)],
+            "one explicit": lambda: [self.decode(False, slice(i, i + 1), many) for i in range(4)],
         }, repeats, self.env.device)
         return {"one_pass_summaries": quotient(times["summaries loop"], times["summaries"]),
                 "one_pass_ltsum": quotient(times["ltsum loop"], times["ltsum"]),
                 "cached_decoding": quotient(times["uncached"], times["cached"]),
-                "batched_decoding": 16 * quotient(times["single"], times["latent"]),
-                "latent_over_explicit": quotient(times["latent"], times["explicit"])}
+                "batched_decoding": 16 * quotient(times["one latent"], times["latent"]),
+                "latent_over_explicit": quotient(times["latent"], times["explicit"]),
+                "latent_over_explicit_one": quotient(times["one latent"], times["one explicit"])}
 
 
 # ------------------------------------------------------------------------------------------------ the tables

@@ -120,6 +120,12 @@ def test_an_init_that_cannot_be(tmp_path, init, says, capsys):
     refused("train_sup", ["--init", init, "--out", tmp_path / "run"], tmp_path, says, capsys)
 
 
+def test_a_folder_without_its_test_split_is_refused_before_training(tmp_path, capsys, gpt2_tokenizer):
+    (tmp_path / "train.jsonl").write_text("\n".join(json.dumps({"question": f"{i} + 1?", "answer": f"<<{i}+1={i + 1}>> #### {i + 1}"})
+                                                    for i in range(60)))
+    refused("train_sup", [*TINY, "--data", tmp_path, "--out", tmp_path / "run"], tmp_path, "test.jsonl: no such file", capsys)
+
+
 def test_top_k_beyond_the_vocabulary_is_all_of_it(tmp_path):
     train_sup.main([*TINY, "--out", str(tmp_path)])
     compress.main(["--out", str(tmp_path), "--top-k", "99999"])
@@ -208,6 +214,14 @@ def test_a_loss_that_is_no_number_saves_nothing(copy, capsys):
         patch.setattr(train_latent, "latent_kl", lambda *_: torch.tensor(float("nan"), requires_grad=True))
         train_latent.main(["--out", str(copy), "--steps", "3", "--resume"])
     assert before == ((copy / "latent.state.pt").read_bytes(), (copy / "latent.pt").read_bytes())
+
+
+def test_a_damaged_log_does_not_stop_a_run(copy):
+    log = copy / "latent.jsonl"
+    whole = log.read_bytes()
+    log.write_bytes(whole + b'{"step": 1, "lo' + b"\n\xff\x00\n")
+    train_latent.main(["--out", str(copy), "--steps", "1", "--resume"])
+    assert log.read_bytes() == whole
 
 
 def test_a_full_disk_is_one_sentence(copy):

@@ -6,6 +6,7 @@ import json
 import re
 from decimal import Decimal
 from fractions import Fraction
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -138,6 +139,18 @@ def test_a_malformed_line_is_named(tmp_path, bad, complaint):
     with pytest.raises(UserError) as error:
         load(str(file), "train")
     assert str(error.value).startswith(f"{file}, line 3: ") and complaint in str(error.value)
+
+
+def test_what_has_no_chain_is_said(tmp_path, capsys):
+    """Solutions without calculator steps are no chain of thought, unless the whole text is: nothing silent."""
+    (tmp_path / "train.jsonl").write_text("\n".join(
+        json.dumps({"question": f"{i} + 1?", "answer": f"It is {i + 1}. #### {i + 1}"}) for i in range(60)))
+    args = SimpleNamespace(data=str(tmp_path), data_dir=None, cot="steps", seed=0, block_size=64)
+    env = SimpleNamespace(tokenizer=data.Tokenizer("toy"), rank=0)
+    train, val = data.splits(args, env)
+    assert f"train: {len(train)} problems" in capsys.readouterr().out.split(f"{len(train)} without a chain")[0]
+    args.cot = "text"
+    assert (data.splits(args, env)[0].s.length > 0).all() and "without" not in capsys.readouterr().out
 
 
 def test_half_a_character_is_no_reason_to_stop(tmp_path, toy_tokenizer):
