@@ -21,6 +21,7 @@ import subprocess
 import sys
 import time
 from dataclasses import asdict
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -123,8 +124,9 @@ def setup(p, phase, argv=None):
         if device.type == "cuda":
             torch.cuda.set_device(device)  # where NCCL works
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    args.dtype = args.dtype or ("bfloat16" if device.type == "cuda" else "float32")
-    args.compile = device.type == "cuda" if args.compile is None else args.compile
+    gpu = device.type == "cuda"  # there bfloat16 and torch.compile, where it has them; on a CPU neither is faster (README)
+    args.dtype = args.dtype or ("bfloat16" if gpu and torch.cuda.is_bf16_supported(including_emulation=False) else "float32")
+    args.compile = gpu and find_spec("triton") is not None if args.compile is None else args.compile
     torch.set_float32_matmul_precision("high")
     torch.manual_seed(args.seed)
     tokenizer = Tokenizer("toy" if args.data == "toy" else "gpt2")

@@ -292,7 +292,7 @@ def decode(llm, tokenizer, x, length, latent=False, top_k=0, max_latents=0, max_
         if done.all():
             break
         x = llm.wte(token)  # (B, C)
-        if thinking.any():
+        if latent and thinking.any():
             q = ordinary_softmax(logits, t.n_ordinary)
             if watch:
                 watch(step, q, thinking & ~done)
@@ -318,7 +318,7 @@ def evaluate(llm, problems, env, thought, caps, encoder=None, chunk_size=0, top_
     {row: (text, right, its ids)}.
     """
     t, start, answers, steps, capped, unparseable = env.tokenizer, time.time(), {}, 0, 0, 0
-    batch_size = batch_size or max(64, 2 ** 17 // t.n_vocab)  # (B, N, V) is large where V is
+    batch_size = batch_size or (64 if thought == "gold" else 256)  # gold: (B, N, V) is large where V is
     for batch in problems.eval_batches(batch_size, limit):
         with env.autocast():
             if prompt:

@@ -161,8 +161,9 @@ class GPT(nn.Module):
         return self.ln_f(x)
 
     def head(self, hidden):
-        """Hidden states (..., C) to logits (..., V)."""
-        return F.linear(hidden, self.wte.weight)
+        """Hidden states (..., C) to logits (..., V), in float32: GPT-2's lie so far below zero that bfloat16 would lose 0.25 of each."""
+        with torch.autocast(hidden.device.type, enabled=False):
+            return F.linear(hidden.to(self.wte.weight.dtype), self.wte.weight)
 
     @classmethod
     def from_gpt2(cls, name, vocab_size=50304, state=None):
