@@ -34,10 +34,10 @@ from data import Tokenizer, UserError
 from model import GPT, GPT2, GPTConfig
 
 PRESETS = {  # the defaults that depend on --data; "gsm8k" is that of everything but the toy task
-    "toy": dict(n_layer=3, n_head=4, n_embd=128, block_size=96, batch_size=32, lr=4e-3, chunk_size=2,
-                sft_steps=500, eval_every=250, noise=0.25, steps={"sup": 350, "latent": 1500}),
-    "gsm8k": dict(n_layer=4, n_head=4, n_embd=256, block_size=384, batch_size=16, lr=1e-3, chunk_size=2,
-                  sft_steps=2000, eval_every=500, noise=1.0, steps={"sup": 1000, "latent": 2000}),
+    "toy": dict(n_layer=3, n_head=4, n_embd=128, block_size=96, batch_size=32, chunk_size=2, sft_steps=500, eval_every=250,
+                noise=0.25, lr={"sup": 4e-3, "latent": 2e-3}, steps={"sup": 350, "latent": 1800}),
+    "gsm8k": dict(n_layer=4, n_head=4, n_embd=256, block_size=384, batch_size=16, chunk_size=2, sft_steps=2000, eval_every=500,
+                  noise=1.0, lr={"sup": 1e-3, "latent": 1e-3}, steps={"sup": 1000, "latent": 2000}),
 }
 SHAPE = ("n_layer", "n_head", "n_embd", "block_size")
 INHERITED = ("data", "data_dir", "cot", "seed", "chunk_size", *SHAPE)  # what a later phase takes over from phase 1
@@ -97,8 +97,9 @@ def setup(p, phase, argv=None):
     preset = PRESETS["toy" if data == "toy" else "gsm8k"]
     if getattr(args, "init", "scratch") != "scratch" and any(getattr(args, field) for field in SHAPE):
         raise UserError(f"--init {args.init} has a shape of its own; leave out --n-layer, --n-head, --n-embd and --block-size")
+    preset = {field: value.get(phase) if isinstance(value, dict) else value for field, value in preset.items()}
     defaults = {"data": data, "data_dir": None, "cot": "steps", "seed": 0, **preset, **inherited,
-                "steps": preset["steps"].get(phase), "top_k": 0 if phase == "sup" else None}
+                "top_k": 0 if phase == "sup" else None}
     for field, value in defaults.items():
         if hasattr(args, field) and getattr(args, field) is None or field in INHERITED and not hasattr(args, field):
             setattr(args, field, value)

@@ -366,7 +366,7 @@ def main():
     p.add_argument("--json", type=Path, help="write the tables there, too")
     p.add_argument("--quick", action="store_true", help="fewer repeats, no scaling table")
     preset = PRESETS[p.parse_known_args()[0].preset]
-    p.set_defaults(**{k: v for k, v in preset.items() if k != "steps"})
+    p.set_defaults(**{k: v for k, v in preset.items() if not isinstance(v, dict)})
     args, env = common.setup(p, "sup")
     repeats = 3 if args.quick else 7
     cuda = env.device.type == "cuda"
