@@ -34,8 +34,8 @@ from data import Tokenizer, UserError
 from model import GPT, GPT2, GPTConfig
 
 PRESETS = {  # the defaults that depend on --data; "gsm8k" is that of everything but the toy task
-    "toy": dict(n_layer=3, n_head=4, n_embd=128, block_size=96, batch_size=32, chunk_size=2, sft_steps=500, eval_every=250,
-                noise=0.25, lr={"sup": 4e-3, "latent": 2e-3}, steps={"sup": 350, "latent": 1800}),
+    "toy": dict(n_layer=3, n_head=8, n_embd=128, block_size=96, batch_size=32, chunk_size=2, sft_steps=500, eval_every=250,
+                noise=0.25, lr={"sup": 4e-3, "latent": 2e-3}, steps={"sup": 350, "latent": 1500}),
     "gsm8k": dict(n_layer=4, n_head=4, n_embd=256, block_size=384, batch_size=16, chunk_size=2, sft_steps=2000, eval_every=500,
                   noise=1.0, lr={"sup": 1e-3, "latent": 1e-3}, steps={"sup": 1000, "latent": 2000}),
 }
@@ -257,9 +257,8 @@ class Run:
         if args.resume and self.state.exists():
             self.restore()
         elif args.overwrite:
-            if env.rank == 0:
-                self.state.unlink(missing_ok=True)
-                self.path.unlink(missing_ok=True)
+            for old in (self.state, self.path) if env.rank == 0 else ():
+                old.unlink(missing_ok=True)
         elif not args.resume and (self.path.exists() or self.state.exists()):
             raise UserError(f"{self.path.parent} already holds a run ({self.path.name}); go on with --resume, start over "
                             "with --overwrite, or choose another --out")
@@ -287,11 +286,8 @@ class Run:
         """Yield the batches; what makes batch t depends on (seed, t) alone, so resuming is counting on."""
         if self.step == self.steps == 0 and self.env.rank == 0:  # no update asked for: what it starts from is the model
             save_checkpoint(self.path, config=self.config, step=0, score=0.0, models=self.weights())
-        if self.step >= self.steps:
-            return
         bar = tqdm(total=self.steps, initial=self.step, desc=self.name, disable=self.env.rank > 0, mininterval=1)
-        self.start = time.time()
-        self.stopping = False
+        self.start, self.stopping = time.time(), False
         with Interrupt() as self.stop, bar:
             while True:
                 if self.stopping or self.stop.pressed and self.env.world == 1:
