@@ -144,7 +144,8 @@ def main(argv=None):
     llm = initial_model(args, env)
     train, val = splits(args, env, no_cot=args.no_cot)
     caps = train.caps(c)
-    load(args.data, "test", args.data_dir, args.cot, args.seed)  # analyze.py needs it: say now if it is not there
+    if args.data != "toy":
+        load(args.data, "test", args.data_dir, args.cot)  # analyze.py needs it: say now if it is not there
 
     # explicit warm-up, or the no-CoT baseline
     explicit = args.out / "sft.pt"
