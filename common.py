@@ -213,7 +213,7 @@ def require_same(path, saved, **mine):
 
 def build(checkpoint, name, device):
     """The GPT called `name` in a checkpoint, in evaluation."""
-    model = GPT(GPTConfig(**checkpoint["config"]["model"])).to(device)
+    model = GPT(GPTConfig(**{"gelu": "tanh", **checkpoint["config"]["model"]})).to(device)  # all had tanh before it was said
     model.load_state_dict(checkpoint["models"][name])
     return model.eval()
 
