@@ -181,7 +181,7 @@ def measure_continuation(llm, env, lat):
     """The LLM of phase 1 gets z_0 … z_{i-1} for the first i chunks (or all there are) and writes the rest as text."""
     points, found = prefixes(llm, env, lat, end=False)
     chunk = lambda row, i: env.test.s.flat[env.test.s.start[row] + i * env.c:env.test.s.start[row + 1]][:env.c].tolist()
-    exact = [[ids[:len(chunk(row, i))] == chunk(row, i) for row, (*_, ids) in f["answers"].items() if i < lat.n[row]]
+    exact = [[ids[:len(s := chunk(row, i))] == s for row, (*_, ids) in f["answers"].items() if i < lat.n[row]]
              for i, f in zip(points, found)]
     return {"problems": min(len(lat.n), FEW), "i": points, "accuracy": [f["accuracy"] for f in found],
             "next_chunk": [mean(torch.tensor(e)) for e in exact]}
@@ -281,7 +281,8 @@ def page(r, pictures):
     made = {key: escape(str(value)) for key, value in {**r["config"]["sup"], **r["config"]["analyze"]}.items()}
     lost, sure = con["accuracy"]["own"] - con["accuracy"]["shuffled"], con["interval"]["shuffled"][1] < con["interval"]["own"][0]
     shapes = {f: chart({w: form[w][f] for w in kinds}) for f in ("entropy", "top1", "norm", "cosine")}
-    two = par and par["orders"] or dict.fromkeys(kinds, {"mass": [], "leading": []})
+    known = par and par["orders"]
+    two = known or dict.fromkeys(kinds, {"mass": [], "leading": []})
     shapes |= {f"order_{w}": chart({**{f"order {m}": ys for m, ys in enumerate(two[w]["mass"], 1)},
                                     "share of the larger": two[w]["leading"]}, top=1) for w in kinds}
     made |= {key: f"{x:.2f}" for key, x in form["token_norm"].items()}
@@ -295,7 +296,7 @@ def page(r, pictures):
         continued=chart({"answer": go["accuracy"], "next chunk": go["next_chunk"]}, go["i"], 1),
         ecr=table({f"{w}, {f}": dict(zip(r["ecr"]["K"], r["ecr"][w][f])) for w in kinds for f in r["ecr"][w]}),
         paths="{problems} problems with {paths:.2f} valid paths on average.".format(**par) if par else "None are known here.",
-        parallelism=table({w: dict(sorted(par[w].items())) for w in kinds}) if par else "", hide="" if par and par["orders"] else "hidden")
+        parallelism=table({w: dict(sorted(par[w].items())) for w in kinds}) if par else "", hide="" if known else "hidden")
 
 
 def main(argv=None):

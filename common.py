@@ -121,11 +121,12 @@ def setup(p, phase, argv=None):
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise UserError(f"--device {name}: {str(error).splitlines()[0]}")
+    gpu = device.type == "cuda"
     if world > 1 and not dist.is_initialized():
-        if device.type == "cuda":
+        if gpu:
             torch.cuda.set_device(device)  # where NCCL works
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    gpu = device.type == "cuda"  # there bfloat16 and torch.compile, where it has them; on a CPU neither is faster (README)
+        dist.init_process_group("nccl" if gpu else "gloo")
+    # bfloat16 and torch.compile on a GPU that has them; on a CPU neither is faster (README)
     args.dtype = args.dtype or ("bfloat16" if gpu and torch.cuda.is_bf16_supported(including_emulation=False) else "float32")
     args.compile = gpu and find_spec("triton") is not None if args.compile is None else args.compile
     torch.set_float32_matmul_precision("high")
