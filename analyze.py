@@ -1,364 +1,346 @@
-"""Measure and show: how well each way to think does, what the latents hold, and whether they do the work.
+"""Measure and show: how well each way to think does, what a latent holds, whether latents matter.
 
-    python analyze.py                                         # the test split: report.html and report.json in --out
-    python analyze.py --ask "Ann has 6 pens and buys 2. …"    # one question, in the terminal
+    python analyze.py                                # the test split: report.html, report.json
+    python analyze.py --ask "Ann has 6 pens and …"   # one question, in the terminal
 
-report.json (shares are 0 … 1; lists go by position, K, k or i; null: not trained, or not defined here):
-    problems, config   how many of the test split; the flags, versions, commit and data of this run and of every model in it
-    accuracy, interval (95 %), steps, seconds, unparseable, capped (problems)     {explicit, no_cot, latent, gold}
-    controls      accuracy, interval {own, zeroed, shuffled, random}: of the latent model when its chain is given so; donor:
-                  the shuffled that give the other problem's answer; cut {problems, k, accuracy}: z_0 … z_{k-1} alone
-    continuation  {problems, i, accuracy, next_chunk}: z_0 … z_{i-1} given, the rest written as text: right answers, and
-                  problems in which S_i comes next, token for token
-    ecr           K; encoder, latent: {own, chance, maximum}: see compress.py
-    parallelism   problems, paths; encoder, latent: {n_eff, above_1.7, covered, and each with _random}; orders (toy task),
-                  encoder, latent: {mass [order][position], leading [position]: the larger order's share of the mass}
-    shape         token_norm {low, mean, high}; encoder, latent: {count, entropy, top1, norm, cosine}
+report.json (shares are 0 … 1; lists go by position, K, k or i; null: not trained, or not defined):
+
+problems, config   how many of the test split; the flags, versions, commit and data of this run and
+                   of every model in it
+accuracy, interval (95 %), steps, seconds, unparseable, capped (problems)
+                   of {explicit, no_cot, latent, gold}
+controls           accuracy, interval of {own, zeroed, shuffled, random}: the latent model when it
+                   is given such a chain; donor: the share of the shuffled in which it writes the
+                   answer of the problem whose chain it is; cut {problems, k, accuracy}: it is given
+                   z_0 … z_{k-1} alone
+continuation       {problems, i, accuracy, next_chunk}: z_0 … z_{i-1} are given and the rest is
+                   written as text; right answers, and problems in which S_i comes next, token for
+                   token
+ecr                K; encoder, latent: {own, chance, maximum}: see metrics.measure_ecr
+parallelism        problems, paths (mean number); encoder, latent: {n_eff, above_1.7, covered, and
+                   each with _random}: see metrics.parallelism; orders (toy task): encoder, latent:
+                   {mass [order][position], leading, effective [position]}: α on the span of the
+                   m-th order of the free steps, the largest span's share of it, and among how many
+                   spans it is shared: see metrics.span_mass, metrics.span_shares
+collapse           accuracy, interval of {own, top 1, top c, first path, last path}: the latent model
+                   thinks in its own z, or in z of q's largest entries or of one path's tokens alone
+shape              token_norm {low, mean, high}, of the ordinary tokens' embeddings, 5 and 95 %;
+                   encoder, latent: {count, entropy, top1, norm, cosine}: see metrics.shape
+
+`encoder`: what phase 1's encoder makes of the true chain; `latent`: what the latent model thinks.
 """
 import json
-from functools import partial
-from html import escape
-from pathlib import Path
-from string import Template
-from types import SimpleNamespace
 
 import numpy as np
 import torch
 
 import common
-from compress import identity, measure_ecr
-from data import Problems, Ragged, known_paths, splits, to_number
-from encoder import chunks, encoder_layout, evaluate, place, summarize, superpose
-from train_sup import bags
+from data import Problems, UserError, known_paths, splits, to_number
+from encoder import chunk_bags, count_chunks, pad, split_chunks
+from metrics import (mean, measure_ecr, parallelism, shape, span_mass, span_shares, spans, wilson)
+from probes import (FEW, RECORDED, Setting, decode_after_latents, decode_after_prefixes,
+                    decode_along_path, decode_split, record_latents, record_summaries)
+from report import FIGURES, LABELS, heaviest_tokens, page, picture, strip
 
-KS = (1, 2, 5, 10, 50, 100, 300)  # ECR@K; the largest is also how much of each α is kept
-TOP, FLOOR = 100, 1e-6            # entries of α that count for a path; the mass of a span that has none of them
-COVER = 0.03                      # a span is covered where each of its tokens has this much (the toy task's rarer order, c = 4: 0.05)
-FEW, POINTS, SHOWN = 128, 25, 12  # for curves that decode anew at every point: problems, points; problems in the page
-WAYS = {"explicit": ("Explicit chain of thought", "sft", "text"), "no_cot": ("No chain of thought", "no_cot", "text"),
-        "latent": ("Latent chain", "latent", "latent"), "gold": ("Summaries by the encoder", "sup", "gold")}
-FIGURES = ("accuracy", "interval", "steps", "seconds", "unparseable", "capped")
-
-
-# ---------------------------------------------------------------------- metrics: pure functions of tensors (DESIGN 7)
-#
-# R problems, N latents at most, K entries kept, M paths, W tokens of a span; token arrays are padded with -1.
-# values float32 (R, N, K), ids int (R, N, K): α's largest entries in falling order. n int64 (R,): latents.
-
-def wilson(right, n):
-    """The 95 % interval [low, high] of a share: `right` of n."""
-    p, z2 = right / n, 1.96 ** 2
-    half = (z2 * p * (1 - p) / n + (z2 / n) ** 2 / 4) ** 0.5
-    return [(p + z2 / n / 2 + sign * half) / (1 + z2 / n) for sign in (-1, 1)]
+WAYS = {  # of thinking: the checkpoint whose LLM does it, and how `decode.evaluate` calls it
+    "warm_up": ("sft", "text"),
+    "explicit": ("explicit", "text"),
+    "no_cot": ("no_cot", "text"),
+    "latent": ("latent", "latent"),
+    "gold": ("sup", "gold"),
+}
+KS = (1, 2, 5, 10, 50, 100, RECORDED)  # ECR@K
+PATH_TOP_K = 100  # entries of α that count for a path
+PATH_BATCH = 64   # problems whose paths are compared at once: their (B, M, N, W, K) is large
+SHOWN = 12        # problems in the page that were solved, and as many that were not
 
 
-def mean(x):
-    """Mean of what is finite; None where nothing is."""
-    x = x[x.isfinite()].double()
-    return x.mean().item() if len(x) else None
+# --------------------------------------------------------------------------------- models at work
 
+def measure_ways(setting, checkpoints, encoder, top_k):
+    """{figure: {way: value}} for every way to think, on the same problems; None: not trained.
 
-def weight(values, ids, tokens):
-    """α of these tokens, 0 past its K entries: (..., K), (..., K), int (..., W) -> float32 (..., W)."""
-    return ((ids[..., None, :] == tokens[..., :, None]) * values[..., None, :]).sum(-1)
-
-
-def spans(tokens, length, n, c, N):
-    """A path in as many spans as there are latents, as sets: its chunks where that is their number, else equal parts of
-    a token at least. tokens int64 (..., L), length, n int64 (...) -> int64 (..., N, W)."""
-    t, n, length = torch.arange(N + 1), n[..., None], length[..., None]
-    fits = chunks(length, c) == n
-    edge = -(-t * torch.where(fits, c, length) // torch.where(fits, 1, n.clamp(min=1)))  # (..., N + 1): ⌈t · L / n⌉
-    start = edge[..., :-1].minimum(length - 1).clamp(min=0)
-    end = edge[..., 1:].maximum(start + 1).minimum(length).where(t[:-1] < n, start)      # (..., N)
-    at = start[..., None] + torch.arange(max(1, int((end - start).max())))               # (..., N, W)
-    span = tokens[..., None, :].expand(*at.shape[:-1], -1).gather(-1, at.clamp(max=tokens.size(-1) - 1))
-    again = (span[..., :, None] == span[..., None, :]).tril(-1).any(-1)
-    return span.where((at < end[..., None]) & ~again, -1)
-
-
-def parallelism(values, ids, path, n):
-    """(N_eff, covered), how many of its paths a chain follows: float (R,) each. path int64 (R, M, N, W): from `spans`.
-
-    N_eff = exp(H(softmax_m score_m)), score_m = mean_t log Σ_{v ∈ S_mt} α_t[v]: one path followed makes 1, M alike
-    make M, and so do M of which none is. covered = the different spans covered at t, mean over the t where the paths
-    differ (NaN without any): one path followed makes 1, none makes 0.
+    checkpoints {file: checkpoint}; top_k {how `decode.evaluate` calls the way: entries of α in z}.
     """
-    w, tokens, M = weight(values[:, None], ids[:, None], path), path.sort(3)[0], path.size(1)  # (R, M, N, W)
-    known = (path >= 0).flatten(2).any(2)                                                      # (R, M)
-    score = w.sum(3).clamp(min=FLOOR).log().sum(2) / n[:, None]  # past n the same for all: softmax doesn't see it
-    n_eff = torch.special.entr(score.masked_fill(~known, -torch.inf).softmax(1)).sum(1).exp()
-    same = (tokens[:, :, None] == tokens[:, None]).all(4)                                      # (R, M, M, N)
-    first = ~(same & torch.ones(M, M).tril(-1).bool()[:, :, None]).any(2) & known[:, :, None]  # (R, M, N)
-    differ = first.sum(1) > 1                                                                  # (R, N)
-    full = w.where(path >= 0, torch.inf).amin(3) >= COVER
-    return n_eff, ((full & first).sum(1) * differ).sum(1) / differ.sum(1)
+    section = {figure: dict.fromkeys(WAYS) for figure in FIGURES}
+    for way, (file, thought) in WAYS.items():
+        if file not in checkpoints:
+            continue
+        llm = common.build(checkpoints[file], "llm", setting.env.device)
+        found = decode_split(setting, llm, thought, encoder=encoder, top_k=top_k[thought])
+        found["interval"] = wilson(found["accuracy"] * setting.R, setting.R)
+        print(f"{LABELS[way]:26} accuracy {found['accuracy']:.3f}, steps {found['steps']:.1f}, "
+              f"{found['seconds']:.1f} s")
+        for figure in FIGURES:
+            section[figure][way] = found[figure]
+    return section
 
 
-def orders(values, ids, path):
-    """α on each path's own tokens, those of no other path in that span: (R, M, N); NaN where a path has none."""
-    shared = (path[:, :, None, :, :, None] == path[:, None, :, :, None, :]).any(5)  # (R, M, M, N, W)
-    own = (path >= 0) & ~(shared & ~torch.eye(path.size(1)).bool()[:, :, None, None]).any(2)
-    mass = (weight(values[:, None], ids[:, None], path) * own).sum(3)
-    return mass.masked_fill(~own.any(3).all(1)[:, None], torch.nan)
+def control_chains(z, n, tokens, E):
+    """{name: (z, n)}: each problem's own chain, and three that hold less of it.
+
+    zeroed    as many vectors of zeros
+    shuffled  problem r is given the chain of problem r - 1, the first that of the last
+    random    the embeddings of `tokens`
+    z float (R, N, C), n int64 (R,): the chains; tokens int64 (R, N); E float (V, C): embeddings.
+    """
+    return {"own": (z, n), "zeroed": (torch.zeros_like(z), n),
+            "shuffled": (z.roll(1, 0), n.roll(1)), "random": (E[tokens], n)}
 
 
-def shape(lat):
-    """Entropy in nats, top-1 mass, norm of z, cosine of z_t and z_{t+1}: at each position, mean of the chains so long."""
-    real = torch.arange(lat.ids.size(1)) < lat.n[:, None]
-    cosine = torch.cosine_similarity(lat.z[:, :-1], lat.z[:, 1:], dim=2).where(real[:, 1:], torch.nan)
-    columns = {"entropy": lat.entropy, "top1": lat.values[:, :, 0], "norm": lat.z.norm(dim=2)}
-    return {"count": real.sum(0).tolist(), "cosine": [mean(x) for x in cosine.T],
-            **{name: [mean(x) for x in value.where(real, torch.nan).T] for name, value in columns.items()}}
-
-
-# ------------------------------------------------- what the models do; env: also the test split, caps, batch size, c
-
-@torch.no_grad()
-def observe(llm, env, top_k, R, encoder=None):
-    """The chains of R problems, those the LLM thinks or, with an `encoder`, what that makes of the true chains:
-    n (R,), values, ids (R, N, K), entropy (R, N), z (R, N, C), and the answers."""
-    n = torch.from_numpy(chunks(env.test.s.length[:R], env.c) if encoder else np.zeros(R, int))
-    N, K = max(env.caps[0], int(n.max())), min(max(KS), env.tokenizer.n_ordinary)
-    kept = {"values": torch.zeros(R, N, K), "ids": torch.zeros(R, N, K, dtype=torch.int32),
-            "entropy": torch.zeros(R, N), "z": torch.zeros(R, N, llm.config.n_embd)}
-
-    def keep(rows, t, alpha):  # alpha (..., V) of the problems `rows` at positions t
-        new = *alpha.topk(K), torch.special.entr(alpha).sum(-1), superpose(alpha, llm.wte.weight, top_k)
-        for array, value in zip(kept.values(), new):
-            array[rows, t] = value.to("cpu", array.dtype)
-
-    def watch(batch, step, q, on):
-        rows = torch.from_numpy(batch.rows)[on.cpu()]
-        keep(rows, step, q[on])
-        n[rows] = step + 1
-
-    answers = env.evaluate(llm, thought="latent", top_k=top_k, limit=R, watch=watch)["answers"] if not encoder else {}
-    for batch in env.test.eval_batches(-(-env.size // 8), R) if encoder else ():  # few: (B, N, V) is large for GPT-2's V
-        with env.autocast():
-            seq = encoder_layout(batch, env.c, env.tokenizer.sum).to(env.device)
-            alpha = summarize(encoder, seq, env.tokenizer.n_ordinary)[:, :N]
-        keep(torch.from_numpy(batch.rows)[:, None], torch.arange(alpha.size(1)), alpha)
-    return SimpleNamespace(n=n, answers=answers, **{name: array[:, :max(1, int(n.max()))] for name, array in kept.items()})
-
-
-def given(llm, env, z, n, end=True):
-    """The LLM writes on after X <bot> z_0 … z_{n-1} (end: and <eot>): what `evaluate` finds. z (R, N, C), n (R,)."""
-    def prompt(batch):
-        rows, nx = torch.from_numpy(batch.rows), torch.from_numpy(batch.nx)[:, None]
-        k = n[rows, None].minimum(llm.config.block_size - 1 - nx)  # (B, 1)
-        at = torch.arange(int((nx + k).max()) + 1) - nx            # (B, T): 0 where z_0 stands
-        ids = torch.from_numpy(env.test.x.pad(batch.rows, at.size(1))).masked_fill(at == k, env.tokenizer.eot)
-        latent = (at + 1).where((at >= 0) & (at < k), 0).to(env.device)
-        return place(llm.wte(ids.to(env.device)), z[rows].to(env.device), latent), (nx + k + end)[:, 0].to(env.device)
-    return env.evaluate(llm, thought="text", limit=len(n), prompt=prompt)
-
-
-def prefixes(llm, env, lat, end=True):
-    """(k, what is found after z_0 … z_{k-1}), k = 0 … N or POINTS of them, for the first FEW problems."""
-    n = lat.n[:FEW]
-    ks = np.linspace(0, int(n.max()), min(POINTS, int(n.max()) + 1)).round().astype(int).tolist()
-    return ks, [given(llm, env, lat.z[:FEW], n.clamp(max=k), end) for k in ks]
-
-
-# ---------------------------------------------------------------------------------------------- the report's sections
-
-def measure_controls(llm, env, lat):
-    """Accuracy of the latent model when its chain is given to it: its own, or one that holds less."""
-    R, problems, (ks, cut) = len(lat.n), env.test.problems, prefixes(llm, env, lat)
-    tokens = np.random.default_rng([env.config["seed"], 7]).choice(env.test.s.flat, lat.z.shape[:2])  # such as chains have
-    chains = {"own": (lat.z, lat.n), "zeroed": (0 * lat.z, lat.n), "shuffled": (lat.z.roll(1, 0), lat.n.roll(1)),
-              "random": (llm.wte.weight.detach().cpu()[torch.from_numpy(tokens)], lat.n)}
-    found = {name: given(llm, env, *chain) for name, chain in chains.items()}
-    donor = sum(to_number(text) == to_number(problems[(row or R) - 1]["answer"])
-                for row, (text, *_) in found["shuffled"]["answers"].items())
-    return {"accuracy": {name: f["accuracy"] for name, f in found.items()}, "donor": donor / R,
+def measure_controls(setting, llm, latents, seed):
+    """The accuracy of the latent model when it is given a chain: its own, or another."""
+    R, problems = setting.R, setting.problems
+    ks, cut = decode_after_prefixes(setting, llm, latents)
+    # random tokens are as frequent as in true chains
+    tokens = np.random.default_rng([seed, 7]).choice(problems.s.flat, latents.z.shape[:2])
+    E = llm.wte.weight.detach().cpu()
+    chains = control_chains(latents.z, latents.n, torch.from_numpy(tokens), E)
+    found = {name: decode_after_latents(setting, llm, *chain) for name, chain in chains.items()}
+    donor = 0
+    for row, (text, _, _) in found["shuffled"]["answers"].items():
+        donor += to_number(text) == to_number(problems.problems[(row - 1) % R]["answer"])
+    return {"accuracy": {name: f["accuracy"] for name, f in found.items()},
+            "donor": donor / R,
             "interval": {name: wilson(f["accuracy"] * R, R) for name, f in found.items()},
             "cut": {"problems": min(R, FEW), "k": ks, "accuracy": [f["accuracy"] for f in cut]}}
 
 
-def measure_continuation(llm, env, lat):
-    """The LLM of phase 1 gets z_0 … z_{i-1} for the first i chunks (or all there are) and writes the rest as text."""
-    points, found = prefixes(llm, env, lat, end=False)
-    chunk = lambda row, i: env.test.s.flat[env.test.s.start[row] + i * env.c:env.test.s.start[row + 1]][:env.c].tolist()
-    exact = [[ids[:len(s := chunk(row, i))] == s for row, (*_, ids) in f["answers"].items() if i < lat.n[row]]
-             for i, f in zip(points, found)]
-    return {"problems": min(len(lat.n), FEW), "i": points, "accuracy": [f["accuracy"] for f in found],
-            "next_chunk": [mean(torch.tensor(e)) for e in exact]}
+def path_chunks(paths, tokenizer, c):
+    """The chunks of one path a problem, texts, as int64 (R, chunks, c), padded with -1."""
+    tokens = [tokenizer.encode(path) for path in paths]
+    N = max(1, max(count_chunks(len(row), c) for row in tokens))
+    return pad(tokens, N * c, value=-1).view(-1, N, c)  # (R, chunks, c)
 
 
-def measure_parallelism(env, lats, paths):
-    """Both measures for every problem with two paths or more, and for as many paths of other problems; None without."""
-    rows = torch.tensor([r for r, known in enumerate(paths) if len(known) > 1])
+def measure_collapse(setting, llm, top_k, paths):
+    """The accuracy of the latent model when each z, as it is fed back, holds less than its own q.
+
+    paths: for each problem the texts of its known paths; a chain is forced along the first or last.
+    """
+    found = {"own": decode_split(setting, llm, "latent", top_k=top_k)}
+    for name, k in (("top 1", 1), ("top c", setting.c)):
+        found[name] = decode_split(setting, llm, "latent", top_k=k)
+    for name, m in (("first path", 0), ("last path", -1)):
+        texts = [known[m] if known else "" for known in paths]
+        chunks = path_chunks(texts, setting.env.tokenizer, setting.c)
+        found[name] = decode_along_path(setting, llm, chunks, top_k)
+    R = setting.R
+    return {"accuracy": {name: f["accuracy"] for name, f in found.items()},
+            "interval": {name: wilson(f["accuracy"] * R, R) for name, f in found.items()}}
+
+
+def measure_continuation(setting, llm, latents):
+    """Phase 1's LLM reads z_0 … z_{i-1} in place of the first i chunks, and writes on as text."""
+    points, found = decode_after_prefixes(setting, llm, latents, end_of_thought=False)
+    next_chunk = []
+    for i, after in zip(points, found):
+        exact = []
+        for row, (_, _, written) in after["answers"].items():
+            if i < latents.n[row]:
+                chunk = split_chunks(setting.problems.s[row], setting.c)[i]
+                exact.append(written[:len(chunk)] == chunk)
+        next_chunk.append(mean(torch.tensor(exact)))
+    return {"problems": min(setting.R, FEW), "i": points,
+            "accuracy": [after["accuracy"] for after in found], "next_chunk": next_chunk}
+
+
+# ---------------------------------------------------------------------------- the chains recorded
+
+def measure_shape(llm, n_ordinary, chains):
+    """The norms of the ordinary tokens' embeddings, and metrics.shape of {whose: Latents}."""
+    norm = llm.wte.weight.detach()[:n_ordinary].float().norm(dim=1).cpu()
+    low, high = norm.quantile(0.05).item(), norm.quantile(0.95).item()
+    section = {"token_norm": {"low": low, "mean": mean(norm), "high": high}}
+    for whose, latents in chains.items():
+        section[whose] = shape(latents.n, latents.values, latents.entropy, latents.z)
+    return section
+
+
+def pad_paths(token_paths):
+    """For each problem a list of paths, as tensors: tokens int64 (R, M, L), length int64 (R, M)."""
+    M = max(len(paths) for paths in token_paths)
+    flat = []
+    for paths in token_paths:
+        flat += paths + [[]] * (M - len(paths))
+    length = torch.tensor([len(path) for path in flat])
+    L = int(length.max())
+    return pad(flat, L).view(-1, M, L), length.view(-1, M)  # (R, M, L), (R, M)
+
+
+def paths_of_next_problems(token_paths):
+    """For each problem as many paths as it has, taken from the problems after it, in a circle."""
+    flat = sum(token_paths, [])
+    end, others = 0, []
+    for paths in token_paths:
+        end += len(paths)
+        others.append([flat[(end + m) % len(flat)] for m in range(len(paths))])
+    return others
+
+
+def follow_paths(latents, rows, token_paths, c):
+    """Of the problems `rows` that have any latent: [N_eff (R,), covered (R,), mass (R, M, N),
+    leading (R, N), effective (R, N)], as in metrics.py.
+
+    rows int64 (R,); token_paths: for each of them a list of paths.
+    """
+    tokens, length = pad_paths(token_paths)
+    found = []
+    for index in torch.arange(len(rows)).split(PATH_BATCH):
+        r = rows[index]
+        n, values = latents.n[r], latents.values[r, :, :PATH_TOP_K]
+        ids = latents.ids[r, :, :PATH_TOP_K]
+        path = spans(tokens[index], length[index], n[:, None], c, ids.size(1))  # (B, M, N, W)
+        mass = span_mass(values, ids, path)                                     # (B, M, N)
+        found.append((*parallelism(values, ids, path, n), mass, *span_shares(mass, path)))
+    has_latents = latents.n[rows] > 0
+    return [torch.cat(parts)[has_latents] for parts in zip(*found)]
+
+
+def measure_parallelism(chains, paths, tokenizer, c):
+    """Both measures for the problems of two paths or more; None where fewer than two have them.
+
+    chains {whose: Latents}; paths: for each problem the texts of its known paths.
+    """
+    rows = [r for r, known in enumerate(paths) if len(known) > 1]
     if len(rows) < 2:
         return None
-    count = torch.tensor([len(paths[r]) for r in rows])[:, None]  # (R, 1)
-    text = Ragged(env.tokenizer.encoding.encode_ordinary_batch([s for r in rows for s in paths[r]] + [""]))
-    total, length, j = len(text.length) - 1, torch.from_numpy(text.length), torch.arange(int(count.max()))
-    tokens = torch.from_numpy(text.pad(np.arange(total + 1), int(length.max())))  # (all paths and an empty one, L)
-    own = count.cumsum(0) - count + j                                        # (R, M): whose are which
-    report = {"problems": len(rows), "paths": mean(count), "orders": {} if count.min() == len(j) else None}
-    for name, lat in lats.items():
-        report[name] = {}
-        for suffix, which in ("_random", own + count), ("", own):            # random: those of the problems after it
-            which, parts = (which % total).where(j < count, total), []
-            for some in torch.arange(len(rows)).split(64):                   # (R, M, N, W, K) is large
-                r, n = rows[some], lat.n[rows[some]]
-                path = spans(tokens[which[some]], length[which[some]], n[:, None], env.c, lat.ids.size(1))
-                alpha = lat.values[r, :, :TOP], lat.ids[r, :, :TOP]
-                parts.append((*parallelism(*alpha, path, n), orders(*alpha, path)))
-            n_eff, covered, mass = (torch.cat(x)[lat.n[rows] > 0] for x in zip(*parts))  # (R,), (R,), (R, M, N)
-            report[name] |= {"n_eff" + suffix: mean(n_eff), "above_1.7" + suffix: mean(n_eff > 1.7), "covered" + suffix: mean(covered)}
-        if report["orders"] is not None:
-            report["orders"][name] = {"mass": [[mean(x) for x in m.T] for m in mass.unbind(1)],
-                                      "leading": [mean(x) for x in (mass.amax(1) / mass.sum(1)).T]}
-    return report
+    own = [[tokenizer.encode(path) for path in paths[r]] for r in rows]
+    random = paths_of_next_problems(own)
+    rows, count = torch.tensor(rows), torch.tensor([len(known) for known in own])
+    has_orders = bool((count == count[0]).all())  # then the m-th path is the same order everywhere
+    section = {"problems": len(rows), "paths": mean(count), "orders": {} if has_orders else None}
+    for whose, latents in chains.items():
+        section[whose] = {}
+        for suffix, token_paths in (("_random", random), ("", own)):
+            n_eff, covered, mass, leading, effective = follow_paths(
+                latents, rows, token_paths, c)
+            section[whose] |= {"n_eff" + suffix: mean(n_eff),
+                               "above_1.7" + suffix: mean(n_eff > 1.7),
+                               "covered" + suffix: mean(covered)}
+        if has_orders:  # mass (R, M, N) is now that on the problems' own paths
+            section["orders"][whose] = {
+                "mass": [[mean(x) for x in order.T] for order in mass.unbind(1)],
+                "leading": [mean(x) for x in leading.T],
+                "effective": [mean(x) for x in effective.T]}
+    return section
 
 
-# ------------------------------------------------------------------------------------------------------- the picture
+# ------------------------------------------------------------------------------------- the script
 
-PAGE = Path(__file__).with_name("assets") / "report.html"  # `page` puts a figure, a table or a chart for every $name
-
-
-def table(columns):
-    """{head: {row: figure}} as HTML; a list is an interval, None a dash."""
-    text = lambda x: (" – ".join(map(text, x)) if isinstance(x, list) else "–" if x is None else
-                      f"{x:.{1 if abs(x) >= 10 else 3}f}" if isinstance(x, float) else escape(str(x)))
-    html = "<tr><th>" + "".join(f"<th>{escape(head)}" for head in columns)
-    for row in next(iter(columns.values())):
-        html += f"<tr><td>{escape(str(row))}" + "".join(f"<td>{text(column[row])}" for column in columns.values())
-    return f'<div class="wide"><table>{html}</table></div>'
+def load_latent_model(args, env):
+    """Phase 3's checkpoint. Raises UserError where it does not follow from --out's phase 1."""
+    path, sup = args.out / "latent.pt", env.parent
+    checkpoint = common.load_checkpoint(path)
+    common.require_same(path, checkpoint["config"], fingerprint=sup["config"]["fingerprint"],
+                        chunk_size=args.chunk_size,
+                        encoder=common.identity(sup["models"]["encoder"]))
+    return checkpoint
 
 
-def chart(series, x=None, top=None):
-    """A line chart and its key. series {name: figures, None where there is none}; x: 1 … where not given; top: of the axis."""
-    ys = [y for ys in series.values() for y in ys if y is not None] or [0]
-    x = x or list(range(1, 2 + max((i for ys in series.values() for i, y in enumerate(ys) if y is not None), default=0)))
-    top = top or next(a * 10.0 ** e for e in range(-3, 7) for a in (1, 2, 4, 8) if a * 10.0 ** e >= max(map(abs, ys)))
-    low = -top if min(ys) < 0 else 0
-    px, py = (lambda v: 36 + 316 * (v - x[0]) / (x[-1] - x[0] or 1)), (lambda v: 172 - 160 * (v - low) / (top - low))
-    art = "".join(f'<line x1="36" x2="352" y1="{py(y)}" y2="{py(y)}"/><text x="30" y="{py(y) + 4}" text-anchor="end">{y:g}</text>'
-                  for y in np.linspace(low, top, 5).tolist())
-    art += "".join(f'<text x="{px(v):.0f}" y="190" text-anchor="middle">{v}</text>' for v in x[::-(-len(x) // 7) or 1])
-    for i, ys in enumerate(series.values()):
-        dots = [(f"{px(a):.1f}", f"{py(y):.1f}") for a, y in zip(x, ys) if y is not None]
-        art += f'<polyline stroke="var(--c{i})" points="{" ".join(map(",".join, dots))}"/>'
-        art += "".join(f'<circle cx="{a}" cy="{b}" r="2.5" fill="var(--c{i})"/>' for a, b in dots)
-    return f'<svg viewBox="0 0 360 196">{art}</svg>' + "".join(
-        f'<b class="key" style="color:var(--c{i})">{name}</b>' for i, name in enumerate(series))
+def load_baselines(args, env):
+    """{file: checkpoint} of those trained. Raises UserError where one is of other problems."""
+    checkpoints = {}
+    for file in ("sft", "explicit", "no_cot"):
+        path = args.out / f"{file}.pt"
+        if not path.is_file():
+            hint = "" if file == "sft" else " (python train_sup.py --baselines makes it)"
+            print(f"left out: there is no {path}{hint}")
+            continue
+        checkpoints[file] = common.load_checkpoint(path)
+        same = {field: env.config[field] for field in ("data", "cot", "as_told", "seed")}
+        common.require_same(path, checkpoints[file]["config"], **same)
+    return checkpoints
 
 
-def visible(tokenizer, ids):
-    """Tokens as text, a · for every space and whatever can't be printed."""
-    return "".join(a if a.isprintable() and a != " " else "·" for a in tokenizer.decode(ids))
+def ask(args, env, llm, caps, top_k):
+    """Print the latents of one question, each as its heaviest tokens, and the answer."""
+    question = {"question": args.ask, "chain": "", "answer": "0"}
+    try:
+        problem = Problems([question], env.tokenizer, args.block_size)
+    except UserError:
+        raise UserError(f"--ask: the question has {len(env.tokenizer.encode(args.ask))} tokens; with "
+                        f"its answer it must fit the model's {args.block_size} positions "
+                        "(--block-size of train_sup.py): ask a shorter one")
+    latents = record_latents(Setting(problem, 1, args.chunk_size, caps, 1, env), llm, top_k)
+    n = latents.n[0]
+    columns = heaviest_tokens(latents.values[0, :n], latents.ids[0, :n], env.tokenizer)
+    for i, tokens in enumerate(columns):
+        shaded = [f"{' ░▒▓█'[int(4 * w + 0.8)]} {text[:8]:8} {w:.2f}" for text, w in tokens]
+        print(f"z_{i:<3}" + "  ".join(shaded))
+    print(latents.answers[0][0].removeprefix("<eot>"))
 
 
-def heaviest(lat, row, tokenizer):
-    """The five heaviest tokens of each latent of a chain: [[(text, weight)]]."""
-    top = zip(lat.ids[row, :lat.n[row], :5].tolist(), lat.values[row, :, :5].tolist())
-    return [[(visible(tokenizer, [i]), w) for i, w in zip(*pair)] for pair in top]
+def pictures(setting, chains, bag):
+    """As HTML, the first problems that the latent model solved, then those that it did not."""
+    answers = chains["latent"].answers
+    solved = [row for row in range(setting.R) if answers[row][1]]
+    unsolved = [row for row in range(setting.R) if not answers[row][1]]
+    html = []
+    for row in solved[:SHOWN] + unsolved[:SHOWN]:
+        text, right, _ = answers[row]
+        strips = {}
+        for whose, latents in chains.items():
+            n = latents.n[row]
+            strips[whose] = strip(latents.values[row, :n], latents.ids[row, :n], bag[row],
+                                  setting.env.tokenizer)
+        html.append(picture(setting.problems.problems[row], text.removeprefix("<eot>"), right,
+                            strips, unfold=not html))
+    return html
 
 
-def picture(lats, row, p, tokenizer, bag, unfold=False):
-    """A problem, to unfold: question, answers, and each chain as columns, one a latent, the tokens shaded by weight."""
-    text, right, *_ = lats["latent"].answers[row]
-    html = (f"<details{' open' * unfold}><summary>{'<b>✓</b>' if right else '<b class=no>✗</b>'} {escape(p['question'])}</summary>"
-            f"<p>{escape(p['chain'])} #### {escape(p['answer'])}<br>the model: {escape(text.removeprefix('<eot>'))}</p>")
-    for name, lat in lats.items():
-        html += f'<small>{name}</small><div class="strip">'
-        for t, tokens in enumerate(heaviest(lat, row, tokenizer)):
-            chunk = visible(tokenizer, [i for i in bag[row, t].tolist() if i >= 0] if t < bag.size(1) else [])
-            html += f"<div><b>{escape(chunk) or '–'}<small>{t + 1}</small></b>" + "".join(
-                f'<span style="background:rgba(70,120,230,{0.6 * w:.2f})">{escape(token)}<small>{100 * w:.0f}</small></span>'
-                for token, w in tokens) + "</div>"
-        html += "</div>"
-    return html + "</details>"
-
-
-def page(r, pictures):
-    """report.html: one file, no script, no request. r: the report; pictures: the problems."""
-    con, go, par, form, kinds = r["controls"], r["continuation"], r["parallelism"], r["shape"], ("encoder", "latent")
-    made = {key: escape(str(value)) for key, value in {**r["config"]["sup"], **r["config"]["analyze"]}.items()}
-    lost, sure = con["accuracy"]["own"] - con["accuracy"]["shuffled"], con["interval"]["shuffled"][1] < con["interval"]["own"][0]
-    shapes = {f: chart({w: form[w][f] for w in kinds}) for f in ("entropy", "top1", "norm", "cosine")}
-    known = par and par["orders"]
-    two = known or dict.fromkeys(kinds, {"mass": [], "leading": []})
-    shapes |= {f"order_{w}": chart({**{f"order {m}": ys for m, ys in enumerate(two[w]["mass"], 1)},
-                                    "share of the larger": two[w]["leading"]}, top=1) for w in kinds}
-    made |= {key: f"{x:.2f}" for key, x in form["token_norm"].items()}
-    return Template(PAGE.read_text("utf-8")).substitute(
-        made, **shapes, problems=r["problems"],
-        accuracy=table({key: {label: r[key][way] for way, (label, *_) in WAYS.items()} for key in FIGURES}),
-        first=pictures[0], more="\n".join(pictures[1:]), few=go["problems"], donor=f"{100 * con['donor']:.0f}",
-        verdict=f"costs {100 * lost:.0f} points" if sure else "does as well, as far as so many problems tell: these latents do nothing",
-        controls=table({key: con[key] for key in ("accuracy", "interval")}),
-        cut=chart({"accuracy": con["cut"]["accuracy"]}, con["cut"]["k"], 1),
-        continued=chart({"answer": go["accuracy"], "next chunk": go["next_chunk"]}, go["i"], 1),
-        ecr=table({f"{w}, {f}": dict(zip(r["ecr"]["K"], r["ecr"][w][f])) for w in kinds for f in r["ecr"][w]}),
-        paths="{problems} problems with {paths:.2f} valid paths on average.".format(**par) if par else "None are known here.",
-        parallelism=table({w: dict(sorted(par[w].items())) for w in kinds}) if par else "", hide="" if known else "hidden")
+def rounded(report):
+    """The report as JSON holds it: floats to four places, None for what is not finite."""
+    return json.loads(json.dumps(report), parse_float=lambda text: round(float(text), 4),
+                      parse_constant=lambda text: None)
 
 
 def main(argv=None):
     p = common.parser(__doc__, "analyze")
     p.add_argument("--limit", type=int, help="how many test problems (default: all)")
-    p.add_argument("--ask", metavar="QUESTION", help="answer this question in latents and show each of them")
+    p.add_argument("--ask", metavar="QUESTION",
+                   help="answer this question in latents and show each of them")
     p.set_defaults(batch_size=128)
     args, env = common.setup(p, "analyze", argv)
-    sup, latent = env.parent, common.load_checkpoint(args.out / "latent.pt")
-    common.require_same(args.out / "latent.pt", latent["config"], fingerprint=sup["config"]["fingerprint"],
-                        chunk_size=args.chunk_size, encoder=identity(sup["models"]["encoder"]))
-    llm, llm1, encoder = (common.build(m, name, env.device) for m, name in ((latent, "llm"), (sup, "llm"), (sup, "encoder")))
-    top_k = {"text": 0, "latent": latent["config"]["store_top_k"] if args.top_k is None else args.top_k, "gold": sup["config"]["top_k"]}
-    env.c, env.caps, env.size = args.chunk_size, latent["config"]["caps"], args.batch_size
-    if args.ask is None:
-        train, env.test = splits(args, env, ["train", "test"])
-        common.require_same(args.out / "sup.pt", sup["config"], fingerprint=train.fingerprint)
-    else:
-        env.test = Problems([{"question": args.ask, "chain": "", "answer": "0"}], env.tokenizer, args.block_size)
-    env.evaluate = partial(evaluate, problems=env.test, env=env, caps=env.caps, chunk_size=env.c, batch_size=env.size)
+    c = args.chunk_size
 
+    # load
+    sup, latent = env.parent, load_latent_model(args, env)
+    llm = common.build(latent, "llm", env.device)
+    phase1_llm, encoder = (common.build(sup, name, env.device) for name in ("llm", "encoder"))
+    caps, stored = latent["config"]["caps"], latent["config"]["store_top_k"]
+    top_k = {"text": 0, "gold": sup["config"]["top_k"],
+             "latent": stored if args.top_k is None else args.top_k}
     if args.ask is not None:
-        lat = observe(llm, env, top_k["latent"], 1)
-        for i, tokens in enumerate(heaviest(lat, 0, env.tokenizer)):
-            print(f"z_{i:<3}" + "  ".join(f"{' ░▒▓█'[int(4 * w + 0.8)]} {token[:8]:8} {w:.2f}" for token, w in tokens))
-        return print(lat.answers[0][0].removeprefix("<eot>"))
+        return ask(args, env, llm, caps, top_k["latent"])
+    train, test = splits(args, env, ["train", "test"])
+    common.require_same(args.out / "sup.pt", sup["config"], fingerprint=train.fingerprint)
+    checkpoints = {"latent": latent, "sup": sup, **load_baselines(args, env)}
+    configs = {file: checkpoint["config"] for file, checkpoint in checkpoints.items()}
+    paths = known_paths(test.problems[:args.limit], args.data, args.data_dir, args.cot)
 
-    # every way to think, on the same problems
-    R = min(len(env.test), args.limit or len(env.test))
-    report, saved, models = {key: dict.fromkeys(WAYS) for key in FIGURES}, {"latent": latent, "sup": sup}, {"latent": llm, "sup": llm1}
-    for way, (label, file, thought) in WAYS.items():
-        path = args.out / f"{file}.pt"
-        if file not in saved:
-            if not path.is_file():
-                print(f"{label}: left out, there is no {path}")
-                continue
-            saved[file] = common.load_checkpoint(path)
-            common.require_same(path, saved[file]["config"], **{f: env.config[f] for f in ("data", "cot", "seed")})
-            models[file] = common.build(saved[file], "llm", env.device)
-        found = env.evaluate(models[file], thought=thought, encoder=encoder, top_k=top_k[thought], limit=R)
-        found["interval"] = wilson(found["accuracy"] * R, R)
-        print(f"{label:26} accuracy {found['accuracy']:.3f}, steps {found['steps']:.1f}, {found['seconds']:.1f} s")
-        for key in FIGURES:
-            report[key][way] = found[key]
+    # measure
+    R = min(len(test), args.limit or len(test))
+    setting = Setting(test, R, c, caps, args.batch_size, env)
+    report = measure_ways(setting, checkpoints, encoder, top_k)
+    chains = {"encoder": record_summaries(setting, phase1_llm, encoder, top_k["gold"]),
+              "latent": record_latents(setting, llm, top_k["latent"])}
+    bag = chunk_bags(test.batch(np.arange(R), np.arange(R)), c)  # (R, chunks, c)
+    ecr = {whose: measure_ecr(chain.ids, chain.n, bag, KS) for whose, chain in chains.items()}
+    report |= {"problems": R, "config": {"analyze": env.config, **configs},
+               "controls": measure_controls(setting, llm, chains["latent"], args.seed),
+               "collapse": measure_collapse(setting, llm, top_k["latent"], paths),
+               "continuation": measure_continuation(setting, phase1_llm, chains["encoder"]),
+               "ecr": {"K": KS, **ecr},
+               "parallelism": measure_parallelism(chains, paths, env.tokenizer, c),
+               "shape": measure_shape(llm, env.tokenizer.n_ordinary, chains)}
 
-    # what the latents hold, and whether they matter
-    lats = {"encoder": observe(llm1, env, top_k["gold"], R, encoder), "latent": observe(llm, env, top_k["latent"], R)}
-    bag = bags(env.test.batch(np.arange(R), np.arange(R)), env.c)  # (R, N, c)
-    norm = llm.wte.weight.detach()[:env.tokenizer.n_ordinary].float().norm(dim=1).cpu()
-    report |= {"problems": R, "config": {"analyze": env.config, **{file: model["config"] for file, model in saved.items()}},
-               "controls": measure_controls(llm, env, lats["latent"]),
-               "continuation": measure_continuation(llm1, env, lats["encoder"]),
-               "ecr": {"K": KS, **{name: measure_ecr(lat.ids, lat.n, bag, KS) for name, lat in lats.items()}},
-               "parallelism": measure_parallelism(env, lats, known_paths(env.test.problems[:R], args.data, args.data_dir, args.cot)),
-               "shape": {"token_norm": {"low": norm.quantile(0.05).item(), "mean": mean(norm), "high": norm.quantile(0.95).item()},
-                         **{name: shape(lat) for name, lat in lats.items()}}}
-    report = json.loads(json.dumps(report), parse_float=lambda x: round(float(x), 4), parse_constant=lambda _: None)
-    shown = [row for ok in (True, False) for row in [r for r in range(R) if lats["latent"].answers[r][1] == ok][:SHOWN]]
-    pictures = [picture(lats, row, env.test.problems[row], env.tokenizer, bag, row == shown[0]) for row in shown]
-    html = page(report, pictures).encode("utf-8", "replace")  # a question may hold half a character
+    # write
+    report = rounded(report)
+    html = page(report, pictures(setting, chains, bag))
     common.write(args.out / "report.json", lambda f: f.write(json.dumps(report, indent=1).encode()))
-    common.write(args.out / "report.html", lambda f: f.write(html))
+    # a question may hold half of a character, which UTF-8 cannot
+    common.write(args.out / "report.html", lambda f: f.write(html.encode("utf-8", "replace")))
     print(f"wrote {args.out / 'report.html'} and report.json")
 
 

@@ -1,16 +1,11 @@
-"""What the phases share: flags and presets, device, checkpoints, the bookkeeping of a training loop.
+"""Bookkeeping that the scripts share: flags, device, files, the store, resuming, the log, processes.
 
-Nothing about latents is decided here. A phase is
-
-    args, env = setup(parser, "sup")
-    run = Run("sup", args, env, Module(...), models, problems, steps)
-    for batch in run:
-        run.update(*run.forward(...))            # losses; forward and backward, clip, step, log
-        if run.evaluates:
-            run.keep(accuracy)                   # log, save: the best so far, and the state to resume from
+Nothing about latents is decided here, and nothing is learned: a script's own loop does that. In
+reading order: defaults and flags, the set-up of a script, files, the store of phase 2, a training run.
 """
 import argparse
 import contextlib
+import hashlib
 import json
 import math
 import os
@@ -25,121 +20,239 @@ from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import torch
 import torch.distributed as dist
-from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
+import toy
 from data import Tokenizer, UserError
 from model import GPT, GPT2, GPTConfig
 
-PRESETS = {  # the defaults that depend on --data; "gsm8k" is that of everything but the toy task
-    "toy": dict(n_layer=3, n_head=8, n_embd=128, block_size=96, batch_size=32, chunk_size=2, sft_steps=500, eval_every=250,
-                noise=0.25, lr={"sup": 4e-3, "latent": 2e-3}, steps={"sup": 350, "latent": 1500}),
-    "gsm8k": dict(n_layer=4, n_head=4, n_embd=256, block_size=384, batch_size=16, chunk_size=2, sft_steps=2000, eval_every=500,
-                  noise=1.0, lr={"sup": 1e-3, "latent": 1e-3}, steps={"sup": 1000, "latent": 2000}),
+# --------------------------------------------------------------------------------- defaults and flags
+
+PRESETS = {  # the defaults that depend on --data; "gsm8k" serves everything but the toy task
+    "toy": dict(
+        n_layer=3, n_head=8, n_embd=128, block_size=96,
+        batch_size=32, chunk_size=2, eval_every=250, noise=0.25,
+        sft_steps=700, lr={"sup": 4e-3, "latent": 2e-3}, llm_lr=1e-3,
+        steps={"sup": 600, "latent": 600},
+    ),
+    "gsm8k": dict(
+        n_layer=4, n_head=4, n_embd=256, block_size=384,
+        batch_size=16, chunk_size=2, eval_every=500, noise=1.0,
+        sft_steps=2000, lr={"sup": 1e-3, "latent": 1e-3}, llm_lr=1e-3,
+        steps={"sup": 1000, "latent": 2000},
+    ),
 }
 SHAPE = ("n_layer", "n_head", "n_embd", "block_size")
-INHERITED = ("data", "data_dir", "cot", "seed", "chunk_size", *SHAPE)  # what a later phase takes over from phase 1
+# what a later phase takes over from phase 1, and may not contradict
+INHERITED = ("data", "data_dir", "cot", "as_told", "seed", "chunk_size", *SHAPE)
 
-
-# ------------------------------------------------------------------------------------------------- set-up
 
 def parser(doc, phase):
-    """The flags every script takes, and those of this phase ('sup', 'compress', 'latent', 'analyze')."""
-    p = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = p.add_argument
-    add("--data", help="toy, gsm8k, gsm8k-aug, or a path: a .jsonl file of question and answer in GSM8K's form, or a "
-        "folder with train.jsonl and test.jsonl (default: toy; a later phase: what --out was trained on)")
-    add("--data-dir", help="folder with the files of gsm8k or gsm8k-aug (default: data/<name>; gsm8k is downloaded)")
-    add("--out", type=Path, help="folder to write to, and to find the earlier phases in (default: out/<data>)")
-    add("--seed", type=int, help="of weights, toy problems, order of the data and noise (default: 0)")
-    add("--device", help="cpu, cuda, cuda:1, mps, … (default: cuda where there is one)")
-    add("--dtype", choices=["float32", "bfloat16"], help="of the matmuls (default: bfloat16 on cuda, else float32; on cuda that is TF32)")
-    add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile the training step (default: on cuda)")
-    add("--chunk-size", type=int, help="c, tokens of the chain in one latent token")
-    add("--top-k", type=int, help="entries of α kept, 0 = all: in z (phase 1; default 0), in the store (phase 2; default "
-        "phase 1's or 50), of q in latent decoding (analysis; default the store's)")
-    add("--batch-size", type=int, help="problems in a batch")
-    for flag in SHAPE:
-        add("--" + flag.replace("_", "-"), type=int, help="of the model" if phase == "sup" else argparse.SUPPRESS)
-    if phase != "analyze":
-        again = p.add_mutually_exclusive_group()
-        again.add_argument("--resume", action="store_true", help="go on where an interrupted run stopped")
-        again.add_argument("--overwrite", action="store_true", help="start over, replacing what --out holds of this phase")
+    """The flags that every script takes, and those of this phase: sup, compress, latent or analyze."""
+    p = argparse.ArgumentParser(
+        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_data_flags(p.add_argument_group("data"), phase)
+    add_model_flags(p.add_argument_group("model"), phase)
     if phase in ("sup", "latent"):
-        add("--lr", type=float, help="peak learning rate")
-        add("--steps", type=int, help="updates of this phase")
-        add("--eval-every", type=int, help="updates between two evaluations, which also save")
-    if phase == "sup":
-        add("--cot", choices=["steps", "text"], help="chain of thought: calculator steps (default) or the whole solution")
-        add("--init", default="scratch", help="scratch (default), " + ", ".join(GPT2) + ", or a checkpoint such as sft.pt")
-        add("--sft-steps", type=int, help="updates of the explicit warm-up")
+        add_training_flags(p.add_argument_group("training"), phase)
+    add_run_flags(p.add_argument_group("run"), phase)
     return p
 
 
-def setup(p, phase, argv=None):
-    """Parse the flags, fill in what was not given, choose the device: (args, env).
+def add_data_flags(group, phase):
+    add = group.add_argument
+    add("--data", help="toy, gsm8k, gsm8k-aug, a .jsonl file in GSM8K's form, or a folder with "
+        "train.jsonl and test.jsonl (default: toy; later phases: that of phase 1)")
+    add("--data-dir", help="folder with the files of gsm8k or gsm8k-aug "
+        "(default: data/<name>; gsm8k is downloaded)")
+    if phase == "sup":
+        add("--cot", choices=["steps", "text"], help="chain of thought: the calculator steps "
+            "(default) or the whole solution")
+        add("--as-told", type=float, help="toy task: share of the chains that take the free steps "
+            "in the order of the question (default: 0.8; 0.167 = all six orders alike)")
+    add("--batch-size", type=int, help="problems in a batch")
 
-    A flag that was not given is inherited from phase 1, else it comes from the preset of --data. env has device,
-    autocast, tokenizer, rank, world, config (goes into every file written) and parent (phase 1's checkpoint, or
-    None). Raises UserError on a value that makes no sense or contradicts phase 1.
+
+def add_model_flags(group, phase):
+    add = group.add_argument
+    add("--chunk-size", type=int, help="c, tokens of the chain in one latent token (default: 2)")
+    add("--top-k", type=int, help={
+        "sup": "entries of α in z, 0 = all (default: 0)",
+        "compress": "entries of α in the store, 0 = all (default: phase 1's, or 50)",
+        "latent": "entries of α that the store must have",
+        "analyze": "entries of q in z when decoding, 0 = all (default: as in the store)"}[phase])
+    if phase == "sup":
+        add("--init", default="scratch", help="scratch (default), " + ", ".join(GPT2)
+            + ", or a checkpoint such as sft.pt")
+    for flag, meaning in zip(SHAPE, ("layers", "attention heads", "channels", "positions")):
+        add("--" + flag.replace("_", "-"), type=int,
+            help=meaning if phase == "sup" else argparse.SUPPRESS)
+
+
+def add_training_flags(group, phase):
+    add = group.add_argument
+    add("--lr", type=float, help="peak learning rate")
+    add("--steps", type=int, help="updates of this phase")
+    if phase == "sup":
+        add("--llm-lr", type=float, help="that of the LLM in phase 1, which can read already")
+        add("--sft-steps", type=int, help="updates of the explicit warm-up")
+    add("--eval-every", type=int, help="updates between two evaluations, which also save")
+
+
+def add_run_flags(group, phase):
+    add = group.add_argument
+    add("--out", type=Path, help="folder to write to, and to find the earlier phases in "
+        "(default: out/<data>)")
+    add("--seed", type=int, help="of weights, toy problems, order of the data and noise (default: 0)")
+    add("--device", help="cpu, cuda, cuda:1, mps, … (default: cuda where there is one)")
+    add("--dtype", choices=["float32", "bfloat16"],
+        help="of the matrix products (default: bfloat16 on cuda, else float32; on cuda that is TF32)")
+    add("--compile", action=argparse.BooleanOptionalAction,
+        help="torch.compile the training step (default: on cuda)")
+    if phase != "analyze":
+        again = group.add_mutually_exclusive_group()
+        again.add_argument("--resume", action="store_true",
+                           help="go on where an interrupted run stopped")
+        again.add_argument("--overwrite", action="store_true",
+                           help="start over, replacing what --out holds of this phase")
+
+
+def flag_of(field):
+    return "--" + field.replace("_", "-")
+
+
+# ------------------------------------------------------------------------------- set-up of a script
+
+def setup(p, phase, argv=None):
+    """Parse the flags, fill in the defaults, choose the device: (args, env).
+
+    env holds device, autocast (a context manager for a forward pass), tokenizer, rank, world, config
+    (what goes into every file written) and parent (phase 1's checkpoint, or None). Raises UserError
+    on a value that makes no sense or contradicts phase 1.
     """
     args = p.parse_args(argv)
-    args.out = args.out or Path("out") / (Path(args.data).stem if args.data else "toy")
+    default_folder = Path(args.data).stem if args.data else "toy"
+    args.out = args.out or Path("out") / default_folder
     parent = None if phase == "sup" else load_checkpoint(args.out / "sup.pt")
+    fill_in_defaults(args, phase, parent)
+    check_ranges(args)
+    rank, world = process_rank(args, phase)
+    device = choose_device(args, world)
+    if world > 1:
+        join_process_group(device)
+    choose_precision(args, device)
+    torch.manual_seed(args.seed)
+    tokenizer = Tokenizer("toy" if args.data == "toy" else "gpt2")
+    if rank == 0:
+        given = {k: v for k, v in vars(args).items() if v is not None and v is not False}
+        print(phase, *(f"{k}={v}" for k, v in given.items()))
+    config = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
+    config.update(phase=phase, tokenizer=tokenizer.name, commit=commit(),
+                  torch=str(torch.__version__), python=platform.python_version())
+    bfloat16 = args.dtype == "bfloat16"
+    env = SimpleNamespace(
+        device=device, tokenizer=tokenizer, rank=rank, world=world, config=config, parent=parent,
+        autocast=lambda: torch.autocast(device.type, torch.bfloat16, bfloat16))
+    return args, env
+
+
+def fill_in_defaults(args, phase, parent):
+    """A flag that was not given is inherited from phase 1, else it comes from the preset of --data."""
     inherited = {field: parent["config"][field] for field in INHERITED} if parent else {}
     for field in set(inherited) - {"data_dir"}:
         given = getattr(args, field, None)
         if given not in (None, inherited[field]):
-            raise UserError(f"--{field.replace('_', '-')} {given} contradicts {args.out / 'sup.pt'}, which has {inherited[field]}")
-    data = args.data or inherited.get("data") or "toy"
-    preset = PRESETS["toy" if data == "toy" else "gsm8k"]
-    if getattr(args, "init", "scratch") != "scratch" and any(getattr(args, field) for field in SHAPE):
-        raise UserError(f"--init {args.init} has a shape of its own; leave out --n-layer, --n-head, --n-embd and --block-size")
-    preset = {field: value.get(phase) if isinstance(value, dict) else value for field, value in preset.items()}
-    defaults = {"data": data, "data_dir": None, "cot": "steps", "seed": 0, **preset, **inherited,
-                "top_k": 0 if phase == "sup" else None}
+            raise UserError(f"{flag_of(field)} {given} contradicts {args.out / 'sup.pt'}, "
+                            f"which has {inherited[field]}")
+    if getattr(args, "init", "scratch") != "scratch" and any(getattr(args, f) for f in SHAPE):
+        raise UserError(f"--init {args.init} has a shape of its own; leave out --n-layer, --n-head, "
+                        "--n-embd and --block-size")
+    data = args.data or inherited.get("data", "toy")
+    defaults = {"data": data, "data_dir": None, "cot": "steps", "as_told": toy.AS_TOLD, "seed": 0}
+    for field, value in PRESETS["toy" if data == "toy" else "gsm8k"].items():
+        defaults[field] = value.get(phase) if isinstance(value, dict) else value
+    defaults.update(inherited)
+    if phase == "sup":
+        defaults["top_k"] = 0
+        latent_steps = PRESETS["toy" if data == "toy" else "gsm8k"]["steps"]["latent"]
+        trained = [defaults[f] if getattr(args, f) is None else getattr(args, f)
+                   for f in ("sft_steps", "steps")]
+        defaults["baseline_steps"] = sum(trained) + latent_steps
     for field, value in defaults.items():
-        if hasattr(args, field) and getattr(args, field) is None or field in INHERITED and not hasattr(args, field):
-            setattr(args, field, value)
-    for field, value in vars(args).items():
-        least = 0 if type(value) is float or field in ("steps", "sft_steps", "top_k", "seed") else 1
-        if type(value) in (int, float) and not least <= value < 2 ** 63:
-            raise UserError(f"--{field.replace('_', '-')} {value}: must be a number from {least} up")
+        if field in INHERITED or hasattr(args, field):
+            if getattr(args, field, None) is None:
+                setattr(args, field, value)
 
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # as torchrun sets them
+
+def check_ranges(args):
+    may_be_zero = ("steps", "sft_steps", "baseline_steps", "top_k", "seed")
+    if args.as_told > 1:
+        raise UserError(f"--as-told {args.as_told}: must be a share from 0 to 1")
+    for field, value in vars(args).items():
+        least = 0 if type(value) is float or field in may_be_zero else 1
+        if type(value) in (int, float) and not least <= value < 2 ** 63:
+            raise UserError(f"{flag_of(field)} {value}: must be a number from {least} up")
+
+
+def process_rank(args, phase):
+    """(rank, world): which of how many processes this is, as torchrun says in the environment."""
+    try:
+        rank = int(os.environ.get("RANK", 0))
+        world = int(os.environ.get("WORLD_SIZE", 1))
+        local_rank = int(os.environ.get("LOCAL_RANK", rank))
+    except ValueError as error:
+        raise UserError(f"RANK, WORLD_SIZE and LOCAL_RANK must be whole numbers ({error}); unset them, "
+                        "or start several processes with torchrun")
+    if not 0 <= rank < world or local_rank < 0:
+        raise UserError(f"RANK {rank} of WORLD_SIZE {world} cannot be; unset both, or start several "
+                        "processes with torchrun")
+    missing = [v for v in ("RANK", "MASTER_ADDR", "MASTER_PORT") if v not in os.environ]
+    if world > 1 and missing:
+        raise UserError(f"WORLD_SIZE is {world}, but {missing[0]} is not set; start several processes "
+                        "with torchrun, or unset WORLD_SIZE")
     if world > 1 and phase not in ("sup", "latent"):
         raise UserError(f"{phase} runs in one process; start it without torchrun")
     if args.batch_size % world:
-        raise UserError(f"--batch-size {args.batch_size} cannot be shared out to {world} processes; choose a multiple")
+        raise UserError(f"--batch-size {args.batch_size} cannot be shared out to {world} processes; "
+                        "choose a multiple")
+    return rank, world
+
+
+def choose_device(args, world):
     name = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if name == "cuda" and world > 1:
-        name = f"cuda:{os.environ['LOCAL_RANK']}"
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     try:
         device = torch.device(name)
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise UserError(f"--device {name}: {str(error).splitlines()[0]}")
+    return device
+
+
+def choose_precision(args, device):
+    """bfloat16 and torch.compile on a GPU that has them; on a CPU neither is faster (see README)."""
     gpu = device.type == "cuda"
-    if world > 1 and not dist.is_initialized():
-        if gpu:
-            torch.cuda.set_device(device)  # where NCCL works
-        dist.init_process_group("nccl" if gpu else "gloo")
-    # bfloat16 and torch.compile on a GPU that has them; on a CPU neither is faster (README)
-    args.dtype = args.dtype or ("bfloat16" if gpu and torch.cuda.is_bf16_supported(including_emulation=False) else "float32")
-    args.compile = gpu and find_spec("triton") is not None if args.compile is None else args.compile
+    if args.dtype is None:
+        has_bfloat16 = gpu and torch.cuda.is_bf16_supported(including_emulation=False)
+        args.dtype = "bfloat16" if has_bfloat16 else "float32"
+    if args.compile is None:
+        args.compile = gpu and find_spec("triton") is not None
     torch.set_float32_matmul_precision("high")
-    torch.manual_seed(args.seed)
-    tokenizer = Tokenizer("toy" if args.data == "toy" else "gpt2")
-    if rank == 0:
-        print(phase, *(f"{k}={v}" for k, v in vars(args).items() if v is not None and v is not False))
-    config = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
-    config.update(phase=phase, tokenizer=tokenizer.name, commit=commit(), torch=str(torch.__version__),
-                  python=platform.python_version())
-    env = SimpleNamespace(device=device, tokenizer=tokenizer, rank=rank, world=world, config=config, parent=parent,
-                          autocast=lambda: torch.autocast(device.type, torch.bfloat16, args.dtype == "bfloat16"))
-    return args, env
+
+
+def commit():
+    """The git commit of this code, '-dirty' where files differ from it, or 'unknown'."""
+    command = "git describe --always --dirty --abbrev=40 --exclude=*"
+    try:
+        done = subprocess.run(command.split(), cwd=Path(__file__).parent, check=True,
+                              capture_output=True, text=True)
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return done.stdout.strip()
 
 
 def start(main):
@@ -148,7 +261,7 @@ def start(main):
     try:
         main()
         if dist.is_initialized():
-            dist.barrier()  # nobody leaves while another one still speaks
+            dist.barrier()  # nobody leaves while another process still communicates
     except KeyboardInterrupt:
         raise SystemExit("stopped; what was saved before is untouched")
     except OSError as error:
@@ -158,21 +271,39 @@ def start(main):
             dist.destroy_process_group()
 
 
-def commit():
-    """The git commit of this code, '-dirty' where files differ from it, or 'unknown'."""
+# ------------------------------------------------------------------------------ several processes
+
+def join_process_group(device):
+    if dist.is_initialized():
+        return
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # where NCCL works
     try:
-        return subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"], cwd=Path(__file__).parent,
-                              capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    except (RuntimeError, ValueError) as error:  # no such host, no such port, one in use
+        raise UserError("the processes do not find each other by MASTER_ADDR and MASTER_PORT "
+                        f"({str(error).splitlines()[0]}); start them with torchrun")
 
 
-# --------------------------------------------------------------------------------------------- checkpoints
+def average_gradients(parameters, world):
+    """Data parallelism by hand: give every process the mean of all gradients. One alone: nothing."""
+    if world == 1:
+        return
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    flat = torch.cat([gradient.flatten() for gradient in gradients])
+    dist.all_reduce(flat)
+    flat /= world
+    for gradient, mean in zip(gradients, flat.split([g.numel() for g in gradients])):
+        gradient.copy_(mean.view_as(gradient))
+
+
+# -------------------------------------------------------------------------------------------- files
 
 def write(path, content):
     """Write beside, sync, rename: `path` is the old file or the new one, never half of it.
 
-    content: a function that takes the open file. Raises UserError where the disk is full or the folder read-only.
+    content: a function that takes the open file. Raises UserError where the disk is full or the
+    folder read-only.
     """
     part = path.with_name(path.name + ".part")
     try:
@@ -189,15 +320,27 @@ def write(path, content):
         raise UserError(f"could not write {path} ({why}); what was there before is untouched")
 
 
+def write_json(path, content):
+    write(path, lambda file: file.write(json.dumps(content, indent=1).encode()))
+
+
+def read_json(path):
+    try:
+        return dict(json.loads(path.read_text("utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"{path}: cannot be read ({error})")
+
+
 def save_checkpoint(path, **content):
     write(path, lambda file: torch.save(content, file))
 
 
 def load_checkpoint(path):
     """The dict saved there, on the CPU; never runs code from the file. Raises UserError."""
-    script = {"sup": "train_sup.py", "sft": "train_sup.py", "latent": "train_latent.py"}.get(path.stem)
+    script = {"sup": "train_sup.py", "sft": "train_sup.py", "latent": "train_latent.py"}
     if not path.is_file():
-        raise UserError(f"{path}: no such file" + (f"; run {script} first, with the same --out" if script else ""))
+        hint = f"; run {script[path.stem]} first, with the same --out" if path.stem in script else ""
+        raise UserError(f"{path}: no such file{hint}")
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
         return {"config": saved["config"], **saved}
@@ -205,27 +348,119 @@ def load_checkpoint(path):
         raise UserError(f"{path}: not a checkpoint of this project ({type(error).__name__})")
 
 
-def require_same(path, saved, **mine):
-    """Refuse what an earlier phase made of something else: UserError naming the field and both values."""
-    for field, value in mine.items():
+def require_same(path, saved, **expected):
+    """Refuse what was made of something else: UserError naming the field and both values."""
+    for field, value in expected.items():
         if saved.get(field) != value:
             raise UserError(f"{path} was made with {field} = {saved.get(field)}, here it is {value}")
 
 
 def build(checkpoint, name, device):
-    """The GPT called `name` in a checkpoint, in evaluation."""
-    model = GPT(GPTConfig(**{"gelu": "tanh", **checkpoint["config"]["model"]})).to(device)  # all had tanh before it was said
+    """The GPT called `name` in a checkpoint."""
+    model = GPT(GPTConfig(**checkpoint["config"]["model"])).to(device)
     model.load_state_dict(checkpoint["models"][name])
-    return model.eval()
+    return model
 
 
-# ------------------------------------------------------------------------------------------- training loop
+def identity(weights):
+    """16 hex digits that name these weights, a state dict on the CPU."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(weights.items()):
+        digest.update(name.encode() + tensor.contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+# ------------------------------------------------------------------- the store: phase 2 writes, 3 reads
+
+def create_array(path, dtype, shape):
+    """A new array on disk, mapped into memory. Raises UserError where there is no room for it."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        array = np.lib.format.open_memmap(path, "w+", dtype, shape)
+        if hasattr(os, "posix_fallocate"):  # take the room now: a full disk later kills the process
+            with open(path, "r+b") as file:
+                os.posix_fallocate(file.fileno(), 0, os.path.getsize(path))
+        return array
+    except OSError as error:
+        raise UserError(f"could not write {path} ({error})")
+
+
+def load_arrays(folder, mode, *names):
+    """Arrays of a store, mapped into memory. Raises UserError where one is damaged."""
+    arrays = []
+    for name in names:
+        try:
+            arrays.append(np.load(folder / f"{name}.npy", mmap_mode=mode, allow_pickle=False))
+        except (OSError, ValueError, EOFError) as error:
+            raise UserError(f"{folder} cannot be read ({error}); make it again with: "
+                            "python compress.py --overwrite")
+    return arrays
+
+
+class Store:
+    """The α that phase 2 wrote (see compress.py for the files), mapped into memory.
+
+    Raises UserError where the store is missing, unfinished, or made from something else than
+    `expected`, fields of its meta.json.
+    """
+
+    def __init__(self, folder, **expected):
+        meta = read_json(folder / "meta.json")
+        if not meta.get("complete"):
+            raise UserError(f"{folder} is unfinished; finish it with: python compress.py --resume")
+        require_same(folder, meta, **expected)
+        self.values, self.ids, self.offsets = load_arrays(folder, "r", "values", "ids", "offsets")
+        self.top_k = meta["top_k"]
+
+    def read(self, rows, N):
+        """The α of these problems: values float32, ids int64, both (B, N, K).
+
+        Past a problem's last latent stands what follows in the file; it has to be masked.
+        """
+        index = self.offsets[rows][:, None] + np.arange(N)  # (B, N)
+        index = np.minimum(index, len(self.values) - 1)
+        values = torch.from_numpy(self.values[index])
+        return values, torch.from_numpy(self.ids[index].astype(np.int64))
+
+
+# ---------------------------------------------------------------------------------- a training run
+
+def adamw(models, device):
+    """(optimizer, parameters) of {model: its peak learning rate}; only matrices are decayed.
+
+    The peak stands in each parameter group as `peak_lr`.
+    """
+    groups, parameters = [], []
+    for model, peak_lr in models.items():
+        mine = list(model.parameters())
+        matrices = [p for p in mine if p.dim() >= 2]
+        vectors = [p for p in mine if p.dim() < 2]
+        groups.append({"params": matrices, "weight_decay": 0.1, "peak_lr": peak_lr})
+        groups.append({"params": vectors, "weight_decay": 0.0, "peak_lr": peak_lr})
+        parameters += mine
+    fused = device.type in ("cpu", "cuda")
+    optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95), fused=fused)
+    return optimizer, parameters
+
+
+def schedule(step, steps):
+    """The learning rate as a share of its peak: a ramp over the first 5 %, a cosine down to 0."""
+    ramp = (step + 1) / max(1, steps // 20)
+    cosine = 0.5 + 0.5 * math.cos(math.pi * step / steps)
+    return min(ramp, cosine)
+
+
+def compiled(function, args):
+    """torch.compile where --compile says so: a graph for each of the few widths of a run."""
+    return torch.compile(function, dynamic=False) if args.compile else function
+
 
 class Interrupt:
-    """While open, a first Ctrl-C only sets `pressed`, so that the loop can save; a second one ends the program."""
+    """While open, a first Ctrl-C only sets `pressed`, so that the loop can save; a second one ends it."""
 
     def __enter__(self):
-        self.pressed, self.before = False, signal.signal(signal.SIGINT, self.press)
+        self.pressed = False
+        self.before = signal.signal(signal.SIGINT, self.press)
         return self
 
     def press(self, *_):
@@ -237,130 +472,136 @@ class Interrupt:
 
 
 class Run:
-    """The bookkeeping around a loop: batches, optimizer, schedule, log, bar, checkpoints, resume.
+    """A loop's files and its place in them: resuming, log, progress bar, Ctrl-C, checkpoints.
 
-    module   its forward returns (loss to minimise, {name: figure}); compiled and made parallel here
-    models   {name: GPT} to save
-    Writes   <name>.pt the best models so far; <name>.state.pt all it takes to resume; <name>.jsonl the log
+        run = Run("sft", args, env, {"llm": llm}, optimizer, train, steps)
+        for step in run:
+            …                            # batch, forward, loss, backward, clip, rate, optimizer.step()
+            run.log(loss=loss, norm=norm)
+            if run.evaluates:
+                run.save(score)
+
+    models     {name: GPT} to save
+    depends    fields of the configuration, besides DEPENDS, that make this run another one
+    Writes     <name>.pt the best models so far; <name>.state.pt all it takes to resume; <name>.jsonl
     """
 
-    def __init__(self, name, args, env, module, models, problems, steps):
-        self.name, self.args, self.env, self.models, self.problems, self.steps = name, args, env, models, problems, steps
-        self.path, self.state = args.out / f"{name}.pt", args.out / f"{name}.state.pt"
-        self.step, self.best, self.last = 0, -1.0, {}
-        self.config = dict(env.config, fingerprint=problems.fingerprint, model=asdict(next(iter(models.values())).config))
-        module.train()
-        decay = [p for p in module.parameters() if p.dim() >= 2]
-        rest = [p for p in module.parameters() if p.dim() < 2]
-        self.parameters = decay + rest
-        self.optimizer = torch.optim.AdamW([{"params": decay, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}],
-                                           lr=args.lr, betas=(0.9, 0.95), fused=env.device.type in ("cpu", "cuda"))
-        if args.resume and self.state.exists():
-            self.restore()
-        elif args.overwrite:
-            for old in (self.state, self.path) if env.rank == 0 else ():
-                old.unlink(missing_ok=True)
-        elif not args.resume and (self.path.exists() or self.state.exists()):
-            raise UserError(f"{self.path.parent} already holds a run ({self.path.name}); go on with --resume, start over "
-                            "with --overwrite, or choose another --out")
-        self.net = torch.compile(module, dynamic=False) if args.compile else module  # a graph for each of the few widths
-        if env.world > 1:
-            self.net = DistributedDataParallel(self.net)
-        if env.rank == 0:
-            log = args.out / f"{name}.jsonl"
-            rows = log.read_bytes().splitlines(True) if self.step and log.exists() else []
-            kept = [row for row in rows if (m := re.match(rb'{"step": (\d+),.*}\n$', row)) and int(m[1]) <= self.step]
-            write(log, lambda file: file.writelines(kept))  # what was logged after the last save happens again
-            self.log = open(log, "a", buffering=1)
+    DEPENDS = ("data", "fingerprint", "tokenizer", "cot", "as_told", "seed", "batch_size", "lr", "model")
 
-    def restore(self):
+    def __init__(self, name, args, env, models, optimizer, problems, steps, depends=()):
+        self.name, self.args, self.env, self.steps = name, args, env, steps
+        self.models, self.optimizer = models, optimizer
+        self.path = args.out / f"{name}.pt"
+        self.state = args.out / f"{name}.state.pt"
+        self.step, self.best, self.figures = 0, -1.0, {}
+        shape = asdict(next(iter(models.values())).config)
+        self.config = dict(env.config, fingerprint=problems.fingerprint, model=shape)
+        if args.resume and self.state.exists():
+            self.restore(depends)
+        elif args.overwrite and env.rank == 0:
+            self.state.unlink(missing_ok=True)
+            self.path.unlink(missing_ok=True)
+        elif not (args.resume or args.overwrite) and (self.path.exists() or self.state.exists()):
+            raise UserError(f"{self.path.parent} already holds a run ({self.path.name}); go on with "
+                            "--resume, start over with --overwrite, or choose another --out")
+        if env.rank == 0:
+            self.open_log()
+
+    def restore(self, depends):
         saved = load_checkpoint(self.state)
-        require_same(self.state, saved["config"], **{field: self.config[field] for field in (
-            "data", "fingerprint", "tokenizer", "cot", "seed", "chunk_size", "top_k", "batch_size", "lr", "model", "bag",
-            "bag_until", "rest", "local", "noise", "encoder", "store_top_k") if field in self.config})
+        expected = {field: self.config[field] for field in (*self.DEPENDS, *depends)}
+        require_same(self.state, saved["config"], **expected)
         for name, model in self.models.items():
             model.load_state_dict(saved["models"][name])
         self.optimizer.load_state_dict(saved["optimizer"])
         self.step, self.best = saved["step"], saved["best"]
 
+    def open_log(self):
+        """Rows after the last save are dropped: those updates happen again."""
+        path = self.args.out / f"{self.name}.jsonl"
+        rows = path.read_bytes().splitlines(True) if self.step and path.exists() else []
+        kept = []
+        for row in rows:
+            found = re.match(rb'{"step": (\d+),.*}\n$', row)
+            if found and int(found[1]) <= self.step:
+                kept.append(row)
+        write(path, lambda file: file.writelines(kept))
+        self.file = open(path, "a", buffering=1)
+
     def __iter__(self):
-        """Yield the batches; what makes batch t depends on (seed, t) alone, so resuming is counting on."""
-        if self.step == self.steps == 0 and self.env.rank == 0:  # no update asked for: what it starts from is the model
+        """Yield the number of each update. What it does is a function of (seed, step) alone."""
+        if self.step == self.steps == 0 and self.env.rank == 0:
+            # no update is asked for: the model that it starts from is the result
             save_checkpoint(self.path, config=self.config, step=0, score=0.0, models=self.weights())
-        bar = tqdm(total=self.steps, initial=self.step, desc=self.name, disable=self.env.rank > 0, mininterval=1)
-        self.start, self.stopping = time.time(), False
-        with Interrupt() as self.stop, bar:
+        self.bar = tqdm(total=self.steps, initial=self.step, desc=self.name, mininterval=1,
+                        disable=self.env.rank > 0)
+        self.started, self.stopping = time.time(), False
+        with Interrupt() as self.interrupt, self.bar:
             while True:
-                if self.stopping or self.stop.pressed and self.env.world == 1:
+                if self.stopping or self.interrupt.pressed and self.env.world == 1:
                     self.save_state()
-                    raise UserError(f"stopped after {self.step} of {self.steps} updates of {self.name} and saved; go on "
-                                    "with the same command and --resume")
+                    raise UserError(f"stopped after {self.step} of {self.steps} updates of "
+                                    f"{self.name} and saved; go on with the same command and --resume")
                 if self.step >= self.steps:
                     return
-                yield self.problems.train_batch(self.step, self.args.batch_size, self.args.seed, self.env.rank, self.env.world)
-                bar.update()
-                bar.set_postfix({k: f"{v:.3f}" for k, v in self.last.items()}, refresh=False)
+                yield self.step
 
-    def forward(self, *layouts):
-        device = self.env.device
-        layouts = [x.to(device) if hasattr(x, "to") else x for x in layouts]
-        with self.env.autocast():
-            return self.net(*layouts)
+    def log(self, **figures):
+        """Log the figures of one update (tensors), and refuse to go on from one that is no number.
 
-    def update(self, loss, figures):
-        """One AdamW update: a cosine to zero, under a ramp over the first 5 % of the steps."""
-        loss.backward()  # before anything is read, which waits for the device
-        figures = {"loss": loss.detach(), **{k: v.detach() for k, v in figures.items()}}
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
-        values = torch.stack([v.float() for v in figures.values()] + [norm])
+        All are read at once, since on a GPU this is where the host waits for the step.
+        """
+        values = torch.stack([figure.detach().float() for figure in figures.values()])
         if self.env.world > 1:
-            values = torch.cat([values, values.new_tensor([self.stop.pressed])])
+            pressed = values.new_tensor([self.interrupt.pressed])
+            values = torch.cat([values, pressed])
             dist.all_reduce(values)
             values /= self.env.world
             self.stopping = bool(values[-1] > 0)  # all stop after the same update
-        *values, norm = values[:len(figures) + 1].tolist()  # read once: on a GPU that is where the step is waited for
-        self.last = dict(zip(figures, values))
-        if not math.isfinite(self.last["loss"] + norm):
-            raise UserError(f"the loss of {self.name} is {self.last['loss']} at step {self.step}, its gradient's norm {norm}: "
-                            f"nothing was saved since the last checkpoint; try a smaller --lr than {self.args.lr}")
-        warm = max(1, self.steps // 20)
-        scale = min((self.step + 1) / warm, 0.5 + 0.5 * math.cos(math.pi * self.step / self.steps))
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.args.lr * scale
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        self.figures = dict(zip(figures, values.tolist()))
+        if not all(map(math.isfinite, self.figures.values())):
+            found = ", ".join(f"{name} = {value}" for name, value in self.figures.items())
+            raise UserError(f"the loss of {self.name} is no number at step {self.step} ({found}): "
+                            "nothing was saved since the last checkpoint; try a smaller --lr than "
+                            f"{self.args.lr}")
         self.step += 1
-        self.record(step=self.step, **self.last)
+        self.record(step=self.step, **self.figures)
+        self.bar.update()
+        self.bar.set_postfix({k: f"{v:.3f}" for k, v in self.figures.items()}, refresh=False)
 
     def record(self, **row):
         if self.env.rank == 0:
-            self.log.write(json.dumps({k: round(v, 6) if isinstance(v, float) else v for k, v in row.items()}) + "\n")
+            row = {k: round(v, 6) if isinstance(v, float) else v for k, v in row.items()}
+            self.file.write(json.dumps(row) + "\n")
 
     @property
     def evaluates(self):
         """True every --eval-every steps and after the last one, on the process that writes."""
-        return self.env.rank == 0 and (self.step % self.args.eval_every == 0 or self.step == self.steps)
+        due = self.step % self.args.eval_every == 0 or self.step == self.steps
+        return self.env.rank == 0 and due
 
-    def keep(self, score, **figures):
+    def save(self, score, **figures):
         """Log a validation score; save the models if none was better, and the state in any case."""
-        self.record(step=self.step, score=score, seconds=round(time.time() - self.start, 1), **figures)
-        tqdm.write(f"{self.name} {self.step:5d}  validation {score:.3f}  " +
-                   "  ".join(f"{k} {v:.3g}" for k, v in {**self.last, **figures}.items()))
+        seconds = round(time.time() - self.started, 1)
+        self.record(step=self.step, score=score, seconds=seconds, **figures)
+        shown = "  ".join(f"{k} {v:.3g}" for k, v in {**self.figures, **figures}.items())
+        tqdm.write(f"{self.name} {self.step:5d}  validation {score:.3f}  {shown}")
         if score >= self.best:
             self.best = score
-            save_checkpoint(self.path, config=self.config, step=self.step, score=score, models=self.weights())
+            save_checkpoint(self.path, config=self.config, step=self.step, score=score,
+                            models=self.weights())
         self.save_state()
 
-    def best_model(self, name):
-        """The model this run kept."""
-        if self.env.world > 1:
-            dist.barrier()  # until rank 0 has written it
-        return build(load_checkpoint(self.path), name, self.env.device)
+    def save_state(self):
+        if self.env.rank == 0:
+            save_checkpoint(self.state, config=self.config, step=self.step, best=self.best,
+                            models=self.weights(), optimizer=self.optimizer.state_dict())
 
     def weights(self):
         return {name: model.state_dict() for name, model in self.models.items()}
 
-    def save_state(self):
-        if self.env.rank == 0:
-            save_checkpoint(self.state, config=self.config, step=self.step, best=self.best, models=self.weights(),
-                            optimizer=self.optimizer.state_dict())
+    def best_model(self, name):
+        """The GPT that this run kept."""
+        if self.env.world > 1:
+            dist.barrier()  # until rank 0 has written it
+        return build(load_checkpoint(self.path), name, self.env.device)

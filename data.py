@@ -4,302 +4,386 @@ A problem is a question, a chain of thought S and an answer. As tokens:
 
     X   = question <bot>            S = chain            Ans = <eot> #### answer <|endoftext|>
 
-Everything is tokenized once into flat arrays; a batch is a few vectorised gathers from them. Batches come in
-a few fixed widths (see Problems), so that a compiled model is compiled a few times and never again.
+Everything is tokenized once. A batch is drawn from a bucket of problems of like length and padded as the
+longest of the bucket needs, so that a run meets a few fixed widths, and torch.compile compiles a few times.
 """
 import hashlib
 import http.client
 import json
 import os
 import re
+import unicodedata
 import urllib.request
 import zlib
 from dataclasses import dataclass
-from decimal import Decimal, InvalidOperation
+from decimal import Decimal
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import tiktoken
 
 import toy
 
-GSM8K_URL = "https://raw.githubusercontent.com/openai/grade-school-math/master/grade_school_math/data/"
+GSM8K_URL = ("https://raw.githubusercontent.com/openai/grade-school-math/master/"
+             "grade_school_math/data/")
 GSM8K_SHA256 = {
     "train.jsonl": "17f347dc51477c50d4efb83959dbb7c56297aba886e5544ee2aaed3024813465",
     "test.jsonl": "3730d312f6e3440559ace48831e51066acaca737f6eabec99bccb9e4b3c39d14",
-    "example_model_solutions.jsonl": "4bc62db838f8418365d51c627bd66294cbdca9fb7f01519cb13f0dce8c51580b",
+    "example_model_solutions.jsonl":
+        "4bc62db838f8418365d51c627bd66294cbdca9fb7f01519cb13f0dce8c51580b",
 }
 TOY_SIZE = {"train": 16000, "val": 256, "test": 1000}
-MOST = {"val": 1000}    # of a large file the first so many: they are decoded again and again
-LONGEST_LINE = 100_000  # characters
-NUMBER = re.compile(r"(?:(?<![\w)])[-+])?(?:\d[\d,]*)?\.?\d+(?:\s*/\s*\d+)?")
+MAX_PROBLEMS = {"val": 1000}  # validation decodes its problems again and again
+MAX_LINE = 100_000            # characters in a line of a data file
 
 
 class UserError(SystemExit):
     """What the user can mend: one sentence on stderr, exit status 1, no traceback."""
 
 
-# ---------------------------------------------------------------------------------------------- tokenizers
+# ---------------------------------------------------------------------------------------- tokenizers
 
 class Tokenizer:
-    """A tiktoken encoding whose ordinary ids come first; then <|endoftext|> <bot> <eot> <sum>, then padding.
+    """A tiktoken encoding: its ordinary ids, then <|endoftext|> <bot> <eot> <sum>, then padding.
 
-    So `logits[..., :n_ordinary]` is the ordinary vocabulary, the only place where α has mass, and `n_vocab`,
-    a multiple of 64, is the width of the model's head.
+    So `logits[..., :n_ordinary]` is the ordinary vocabulary, the only place where α has mass, and
+    `n_vocab`, a multiple of 64, is the width of the model's head.
     """
 
     SPECIAL = ["<|endoftext|>", "<bot>", "<eot>", "<sum>"]
 
     def __init__(self, name):
-        self.name = name  # "toy" or "gpt2"
-        if name == "gpt2":
-            try:
-                base = tiktoken.get_encoding("gpt2")
-            except (OSError, ValueError) as error:  # of requests, or of a checksum
-                raise UserError("GPT-2's vocabulary could not be downloaded; set TIKTOKEN_CACHE_DIR to a folder that "
-                                f"has tiktoken's copy of it ({type(error).__name__})")
-            pattern, ranks = base._pat_str, base._mergeable_ranks
-        else:
-            pattern, ranks = toy_vocabulary()
+        """name: "toy" or "gpt2". Raises UserError where GPT-2's vocabulary cannot be had."""
+        self.name = name
+        pattern, ranks = gpt2_vocabulary() if name == "gpt2" else toy_vocabulary()
         self.n_ordinary = len(ranks)
-        self.eos, self.bot, self.eot, self.sum = range(self.n_ordinary, self.n_ordinary + 4)
-        self.n_vocab = -(-(self.n_ordinary + 4) // 64) * 64
+        self.n_vocab = -(-(self.n_ordinary + len(self.SPECIAL)) // 64) * 64
         special = {text: self.n_ordinary + i for i, text in enumerate(self.SPECIAL)}
-        self.encoding = tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
+        self.eos, self.bot, self.eot, self.sum = special.values()
+        self.encoding = tiktoken.Encoding(
+            name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
 
     def encode(self, text):
         """Ordinary ids only: '<eot>' in a text is five characters of data, never the control token."""
         return self.encoding.encode_ordinary(text)
 
     def decode(self, ids):
-        return self.encoding.decode([i for i in ids if i < self.n_ordinary + 4])
+        """The text of these ids; ids of the head's padding are left out."""
+        return self.encoding.decode([i for i in ids if i < self.n_ordinary + len(self.SPECIAL)])
+
+
+def gpt2_vocabulary():
+    """(pattern, ranks) of GPT-2's byte-pair encoding."""
+    try:
+        base = tiktoken.get_encoding("gpt2")
+    except (OSError, ValueError) as error:  # no network, or a wrong checksum
+        raise UserError(
+            "GPT-2's vocabulary could not be downloaded; set TIKTOKEN_CACHE_DIR to a folder that has "
+            f"tiktoken's copy of it ({type(error).__name__})")
+    return base._pat_str, base._mergeable_ranks
 
 
 def toy_vocabulary():
-    """(pattern, ranks): whole words and whole numbers; the 256 bytes spell whatever else a question holds.
+    """(pattern, ranks): whole words and whole numbers; 256 bytes spell whatever else a question holds.
 
     A word takes the space on its left, and the one on its right before a number, so that the 7 of
     ' has 7 pens' is the token of '<<7+5=12>>'. A step is six tokens: 7 + 5 = 12 and the '>> <<' between.
     """
     pattern = r" ?[A-Za-z]+(?: (?=[0-9]))?|[0-9]+|>> <<|<<|>>|#### ?|\s+|[^\sA-Za-z0-9]"
     pieces = {str(n) for n in range(100)} | {"#### "}
-    for p in toy.problems(0, 2000, lambda question: True):
-        pieces.update(re.findall(pattern, p["question"]) + re.findall(pattern, p["chain"]))
-    pieces = sorted(p for p in pieces if len(p) > 1)
-    ranks = [bytes([b]) for b in range(256)] + [p.encode() for p in pieces]
-    return pattern, {token: rank for rank, token in enumerate(ranks)}
+    for problem in toy.problems(0, 2000, lambda question: True):
+        pieces.update(re.findall(pattern, problem["question"]))
+        pieces.update(re.findall(pattern, problem["chain"]))
+    words = sorted(piece for piece in pieces if len(piece) > 1)
+    tokens = [bytes([b]) for b in range(256)] + [word.encode() for word in words]
+    return pattern, {token: rank for rank, token in enumerate(tokens)}
 
 
-# ------------------------------------------------------------------------------------------------- sources
+# ------------------------------------------------------------------------------------------- sources
 
 def split_of(question):
-    """Which split a question belongs to where the data does not say: by its own hash, so never to two."""
-    return {0: "val", 1: "test"}.get(zlib.crc32(question.encode(errors="surrogatepass")) % 20, "train")
+    """Where the data does not say: 'val', 'test' (5 % each) or 'train', by the question's own hash."""
+    bucket = zlib.crc32(question.encode(errors="surrogatepass")) % 20
+    return {0: "val", 1: "test"}.get(bucket, "train")
 
 
-def load(name, split, data_dir=None, cot="steps", seed=0):
+def load(name, split, data_dir=None, cot="steps", seed=0, as_told=toy.AS_TOLD):
     """A list of {question, chain, answer[, paths]}, all str, for split 'train', 'val' or 'test'.
 
-    name   toy | gsm8k | gsm8k-aug | a .jsonl file in GSM8K's form | a folder with train.jsonl and test.jsonl
-    cot    'steps': the calculator annotations in order, '<<48/2=24>> <<48+24=72>>'; 'text': the whole solution
+    name   toy | gsm8k | gsm8k-aug | a .jsonl file in GSM8K's form | a folder with train.jsonl, test.jsonl
+    cot    'steps': the calculator annotations in order, '<<48/2=24>> <<48+24=72>>'; 'text': the solution
     'val', and where there is one file only 'test', are cut out of it by `split_of`: 5 % each.
     Raises UserError naming the file, the line and what was expected there.
     """
     if name == "toy":
-        return list(toy.problems(seed, TOY_SIZE[split], lambda question: split_of(question) == split))
-    here = "test" if split == "test" else "train"
-    mine = {"train": ("train", "test"), "val": ("val",), "test": ("train", "val", "test")}[split]  # of that file
-    parse = parse_aug if name == "gsm8k-aug" else parse_gsm8k
+        return list(toy.problems(seed, TOY_SIZE[split], lambda q: split_of(q) == split, as_told))
+    part = "test" if split == "test" else "train"
+    # the hash splits that this split takes from its file
+    taken = {"train": ("train", "test"), "val": ("val",), "test": ("train", "val", "test")}[split]
     if name == "gsm8k-aug":
-        file = Path(data_dir or "data/gsm8k-aug") / f"{here}.txt"
+        file = Path(data_dir or "data/gsm8k-aug") / f"{part}.txt"
     elif name == "gsm8k":
-        file = Path(data_dir or "data/gsm8k") / f"{here}.jsonl"
+        file = Path(data_dir or "data/gsm8k") / f"{part}.jsonl"
         fetch(file)
     elif Path(name).is_dir():
-        file = Path(name) / f"{here}.jsonl"
+        file = Path(name) / f"{part}.jsonl"
     elif Path(name).is_file():
-        file, mine = Path(name), (split,)
+        file, taken = Path(name), (split,)
     else:
         raise UserError(f"--data {name}: not toy, gsm8k or gsm8k-aug, and no such file or folder")
-    rows = [r for r in read(file, parse, cot) if split_of(r["question"]) in mine]
+    rows = read(file, parse_aug if name == "gsm8k-aug" else parse_gsm8k, cot)
+    rows = [row for row in rows if split_of(row["question"]) in taken]
     if not rows:
-        raise UserError(f"{file}: no problem falls to the {split} split, which here is 5 % by hash; it takes more problems")
+        raise UserError(f"{file}: no problem falls to the {split} split, which here is 5 % by hash; "
+                        "it takes more problems")
     return rows
 
 
 def read(file, parse, cot):
+    """parse(line, cot) of every line of a text file. Raises UserError naming the file and the line."""
     if not file.is_file():
-        raise UserError(f"{file}: no such file; it should be in the folder of --data-dir, or that of --data")
+        raise UserError(f"{file}: no such file; it should be in the folder of --data-dir, or that of "
+                        "--data")
     rows = []
     try:
         with open(file, encoding="utf-8-sig", newline=None) as lines:
             for number, line in enumerate(lines, 1):
                 if line.strip():
-                    try:
-                        if len(line.strip()) > LONGEST_LINE:
-                            raise ValueError(f"{len(line.strip())} characters are no problem of grade school; the limit is {LONGEST_LINE}")
-                        rows.append(parse(line, cot))
-                    except ValueError as error:
-                        raise UserError(f"{file}, line {number}: {error}")
+                    rows.append(parse_line(f"{file}, line {number}", line, parse, cot))
     except UnicodeDecodeError as error:
-        raise UserError(f"{file}: not UTF-8 text (byte {error.start} of what was being read: {error.reason})")
+        raise UserError(f"{file}: not UTF-8 text (byte {error.start} of what was being read: "
+                        f"{error.reason})")
     if not rows:
         raise UserError(f"{file}: no problems in it")
     return rows
 
 
-def once(pairs):
+def parse_line(place, line, parse, cot):
+    length = len(line.strip())
+    if length > MAX_LINE:
+        raise UserError(f"{place}: {length} characters are no problem of grade school; the limit is "
+                        f"{MAX_LINE}")
+    try:
+        return parse(line, cot)
+    except ValueError as error:
+        raise UserError(f"{place}: {error}")
+
+
+def refuse_repeated_keys(pairs):
     if len(dict(pairs)) < len(pairs):
         raise LookupError
     return dict(pairs)
 
 
 def parse_gsm8k(line, cot):
+    """One line of GSM8K's files: a JSON object with the texts 'question' and 'answer'."""
+    expected = "expected a JSON object with the texts 'question' and 'answer'"
     try:
-        row = json.loads(line, object_pairs_hook=once)
+        row = json.loads(line, object_pairs_hook=refuse_repeated_keys)
     except LookupError:
         raise ValueError("a key stands twice in the JSON object")
     except (ValueError, RecursionError):
-        raise ValueError("expected a JSON object with the texts 'question' and 'answer', found no JSON")
+        raise ValueError(expected + ", found no JSON")
     if not isinstance(row, dict) or not all(isinstance(row.get(k), str) for k in ("question", "answer")):
-        raise ValueError("expected a JSON object with the texts 'question' and 'answer'")
-    return problem(row["question"], row["answer"], cot)
+        raise ValueError(expected)
+    return make_problem(row["question"], row["answer"], cot)
 
 
 def parse_aug(line, cot):
-    """GSM8K-Aug: 'question||<<a>> <<b>> #### answer'."""
-    question, bars, rest = line.partition("||")
+    """One line of GSM8K-Aug: 'question||<<a>> <<b>> #### answer'."""
+    question, bars, solution = line.partition("||")
     if not bars:
         raise ValueError("expected 'question||<<step>> <<step>> #### answer', found no '||'")
-    return problem(question, rest, cot)
+    return make_problem(question, solution, cot)
 
 
 def parse_solved(line, cot):
-    """A line of example_model_solutions.jsonl: (question, the chains of the models' right solutions)."""
+    """One line of example_model_solutions.jsonl: (question, chains of the models' right solutions)."""
     try:
         row = json.loads(line)
-        texts = [m["solution"] for m in row.values() if isinstance(m, dict) and m["is_correct"]]
-        return row["question"].strip(), [problem(row["question"], s.replace("\nA:", "####"), cot)["chain"] for s in texts]
+        models = [value for value in row.values() if isinstance(value, dict)]
+        texts = [model["solution"] for model in models if model["is_correct"]]
+        question = row["question"].strip()
+        return question, [chain_of(text.rpartition("\nA:")[0], cot) for text in texts]
     except (LookupError, TypeError, AttributeError):
         raise ValueError("expected 'question' and solutions with 'is_correct' and 'solution'")
 
 
-def problem(question, text, cot):
+def chain_of(solution, cot):
+    """The chain of thought in a solution: its calculator steps, or all of its text."""
+    return " ".join(re.findall(r"<<[^<>]*>>", solution)) if cot == "steps" else solution.strip()
+
+
+def make_problem(question, text, cot):
+    """A problem as a dict, from its question and 'solution #### answer'."""
     solution, hashes, answer = text.rpartition("####")
+    answer = answer.strip()
     if not question.strip():
         raise ValueError("the question is empty")
-    if not hashes or to_number(answer) is None:
-        raise ValueError(f"expected a number after '####', found {answer.strip()[:40]!r}")
-    chain = " ".join(re.findall(r"<<[^<>]*>>", solution)) if cot == "steps" else solution.strip()
-    return {"question": question.strip(), "chain": chain, "answer": answer.strip().replace(",", "")}
+    found = numbers(answer)
+    if not hashes or len(found) != 1 or found[0] is None:
+        raise ValueError(f"expected one number after '####', found {answer[:40]!r}")
+    return {"question": question.strip(), "chain": chain_of(solution, cot),
+            "answer": answer.replace(",", "")}
 
 
 def known_paths(problems, name, data_dir, cot):
-    """Each problem's different chains known to be right: the toy task's own, or those OpenAI published for GSM8K's test."""
-    folder, known = Path(data_dir or f"data/{name}" if name in ("gsm8k", "gsm8k-aug") else name), {}
+    """For each problem a list of the different chains that are known to be right.
+
+    The toy task makes all of its own; for GSM8K's test split OpenAI published solutions.
+    """
+    folder = Path(data_dir or f"data/{name}" if name in ("gsm8k", "gsm8k-aug") else name)
     file = folder / "example_model_solutions.jsonl"
+    solved = {}
     try:
         if name == "gsm8k":
             fetch(file)
         if file.is_file():
-            known = dict(read(file, parse_solved, cot))
+            solved = dict(read(file, parse_solved, cot))
         elif name != "toy":
             print(f"no chains but the given ones are known (there is no {file})")
     except UserError as error:
         print(f"no chains but the given ones are known ({error})")
-    return [p.get("paths") or [s for s in dict.fromkeys([p["chain"], *known.get(p["question"], [])]) if s] for p in problems]
+    paths = []
+    for problem in problems:
+        chains = problem.get("paths") or [problem["chain"], *solved.get(problem["question"], [])]
+        paths.append([chain for chain in dict.fromkeys(chains) if chain])
+    return paths
 
 
 def fetch(file):
     """Download one of GSM8K's files beside its final name, check it, then move it there."""
-    wanted = GSM8K_SHA256[file.name]
-    if not file.is_file():
-        part = file.with_name(f"{file.name}.{os.getpid()}.part")
-        try:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            with urllib.request.urlopen(GSM8K_URL + file.name, timeout=60) as response:
-                part.write_bytes(response.read())
-        except (OSError, http.client.HTTPException) as error:
-            raise UserError(f"{file}: not there, and its download failed ({error}); put GSM8K's files in a folder and "
-                            "name it with --data-dir")
-        if hashlib.sha256(part.read_bytes()).hexdigest() != wanted:
-            part.unlink()
-            raise UserError(f"{file}: the download does not have the expected checksum; try again")
-        part.replace(file)
-    elif hashlib.sha256(file.read_bytes()).hexdigest() != wanted:
-        raise UserError(f"{file}: not GSM8K as published (its checksum differs); for data of your own say --data "
-                        f"{file.parent}")
+    expected = GSM8K_SHA256[file.name]
+    if file.is_file():
+        if hashlib.sha256(file.read_bytes()).hexdigest() != expected:
+            raise UserError(f"{file}: not GSM8K as published (its checksum differs); for data of your "
+                            f"own say --data {file.parent}")
+        return
+    part = file.with_name(f"{file.name}.{os.getpid()}.part")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with urllib.request.urlopen(GSM8K_URL + file.name, timeout=60) as response:
+            part.write_bytes(response.read())
+    except (OSError, http.client.HTTPException) as error:
+        raise UserError(f"{file}: not there, and its download failed ({error}); put GSM8K's files in a "
+                        "folder and name it with --data-dir")
+    if hashlib.sha256(part.read_bytes()).hexdigest() != expected:
+        part.unlink()
+        raise UserError(f"{file}: the download does not have the expected checksum; try again")
+    part.replace(file)
 
 
-# ------------------------------------------------------------------------------------------------- scoring
+# ------------------------------------------------------------------------------------------- scoring
 
-def to_number(text):
-    """The number a text says, as Decimal, or None. After '####', else the last one; $ , % are dropped."""
-    text = text.rpartition("####")[2] if "####" in text else text
-    found = NUMBER.findall(text.replace("$", "").replace("%", ""))
-    if not found:
+DECIMAL = r"(?:(?:(?!0)\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d+)?"
+NUMBER = re.compile(rf"""
+    (?P<sign>(?<![\w)])[-+])?                            # a minus after a word or ')' is subtraction
+    (?:(?P<whole>\d+)\ +(?=\d+\ */\ *\d))?               # the 1 of 1 1/2
+    (?P<top>{DECIMAL})
+    (?:\ *(?:[x×*·]\ *10\ *(?:\^|\*\*)\ *\(?(?P<power>[-+]?\d+)\)?|/\ *(?P<bottom>[-+]?{DECIMAL})))?
+    (?P<excess>(?:[.,/]*\d[\d.,/]*)?                     # 1.2.3, 1,2: no number at all,
+        (?:\ *(?:\^|\*\*(?=\(?[-+]?\d))\ *\(?[-+]?[\d.,/]*\)?)*)   # nor 5^2, 10^-3
+    """, re.VERBOSE)
+SUPERSCRIPT = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺", "0123456789-+")
+PLAIN = str.maketrans({"−": "-", "–": "-", "⁄": "/", "∕": "/", "$": "", "%": ""})
+
+
+def numbers(text):
+    """The numbers in a text, in order, as Decimal; None for what looks like one and is none (1.2.3)."""
+    text = re.sub(r"(?<=\d)(?=[¼-¾⅐-⅞↉])", " ", text)  # 1½ is 1 1/2
+    text = "".join(plain_character(character) for character in text).translate(PLAIN)
+    text = re.sub("[⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺]+", lambda match: "^" + match[0].translate(SUPERSCRIPT), text)
+    text = re.sub(r"(?<![\d )])\^\(?[-+]?\d+\)?", "", text)  # the square of cm² is no number
+    return [number_value(match) for match in NUMBER.finditer(text)]
+
+
+def plain_character(character):
+    """1⁄2 for ½, 1 for the full-width digit, a space for the one that does not break."""
+    if unicodedata.decomposition(character).startswith(("<fraction>", "<wide>", "<noBreak>")):
+        return unicodedata.normalize("NFKC", character)
+    return character
+
+
+def number_value(match):
+    if match["excess"]:
         return None
     try:
-        top, _, bottom = found[-1].replace(",", "").partition("/")
-        return Decimal(top) / Decimal(bottom) if bottom else Decimal(top)
-    except (InvalidOperation, ZeroDivisionError):
+        value = Decimal(match["top"].replace(",", ""))
+        if match["bottom"]:
+            value /= Decimal(match["bottom"].replace(",", ""))
+        if match["power"]:
+            value = value.scaleb(int(match["power"]))
+        if match["whole"]:
+            value += Decimal(match["whole"])
+        return value.copy_negate() if match["sign"] == "-" else value
+    except (ArithmeticError, ValueError):  # 1/0, or an exponent beyond Decimal's
         return None
 
 
-# ------------------------------------------------------------------------------------------------- batches
+def to_number(text):
+    """The number that a text says, as Decimal, or None.
+
+    After '####', else anywhere, the last one counts. $ and % are dropped, commas between thousands too;
+    exponents (2.5e-06, 2.5 x 10^-6), fractions and mixed numbers (1 1/2, ½) and the Unicode minus are
+    read. What only looks like a number (1.2.3, 1,2) is None.
+    """
+    found = numbers(text.rpartition("####")[2])
+    return found[-1] if found else None
+
+
+# ------------------------------------------------------------------------------------------- batches
+
+class Tokens(NamedTuple):
+    """One problem as lists of ids."""
+
+    question: list  # X, which ends in <bot>
+    chain: list     # S
+    answer: list    # Ans, from <eot> to <|endoftext|>
+
 
 class Ragged:
-    """Rows of different length in one flat int32 array."""
+    """Rows of different length in one flat int32 array, which takes a tenth of the room of lists."""
 
     def __init__(self, rows):
-        self.length = np.array([len(r) for r in rows], dtype=np.int64)
+        self.length = np.array([len(row) for row in rows], dtype=np.int64)
         self.start = np.concatenate([[0], self.length.cumsum()])
-        self.flat = np.array([t for r in rows for t in r] + [0], dtype=np.int32)
+        self.flat = np.array([token for row in rows for token in row] + [0], dtype=np.int32)
 
-    def pad(self, rows, width):
-        """int64 (B, width): the rows asked for; past a row's end stands whatever follows, to be masked."""
-        return self.flat[np.minimum(self.start[rows][:, None] + np.arange(width), len(self.flat) - 1)].astype(np.int64)
+    def __getitem__(self, row):
+        return self.flat[self.start[row]:self.start[row + 1]].tolist()
 
 
 @dataclass
 class Batch:
-    """Token arrays int64 (B, width) padded on the right, and their lengths (B,)."""
+    """The problems of one batch, and how long those are that it may be made of."""
 
     rows: np.ndarray  # (B,) which problems
-    x: np.ndarray     # X with <bot>
-    s: np.ndarray     # the chain
-    a: np.ndarray     # Ans
-    nx: np.ndarray
-    ns: np.ndarray
-    na: np.ndarray
-    bucket: tuple     # (nx, ns, na) of every problem this one may be batched with
-
-    def width(self, length):
-        """The fixed width of a layout of `length(nx, ns, na)` tokens a row: the bucket's largest, rounded up to 8."""
-        return -(-int(length(*self.bucket).max()) // 8) * 8
+    problems: list    # their Tokens
+    bucket: tuple     # token counts (question, chain, answer) of every problem of the bucket: arrays
 
 
 class Problems:
     """A split, tokenized once. Problems longer than the model are dropped and counted in `dropped`.
 
-    Problems of like length share a bucket, and a batch is drawn from one bucket, so that a run sees as many
-    widths as there are buckets. Which problems make batch t is a function of (seed, t) alone: to resume is to
-    go on counting.
+    Problems of like length share a bucket, and a batch is drawn from one bucket, so that a run sees as
+    many widths as there are buckets. Which problems make batch t is a function of (seed, t) alone: to
+    resume is to go on counting. Raises UserError where no problem is left.
     """
 
     def __init__(self, problems, tokenizer, block_size, buckets=3, no_cot=False):
-        t, encode = tokenizer, tokenizer.encoding.encode_ordinary  # its _batch hands every text to a thread: slower
+        t, encode = tokenizer, tokenizer.encoding.encode_ordinary
         x = [encode(p["question"]) + [t.bot] for p in problems]
         s = [[] if no_cot else encode(p["chain"]) for p in problems]
         a = [[t.eot] + encode("#### " + p["answer"]) + [t.eos] for p in problems]
-        keep = [i for i in range(len(x)) if len(x[i]) + len(s[i]) + len(a[i]) <= block_size]
-        self.dropped = len(x) - len(keep)
-        self.problems = [problems[i] for i in keep]
-        self.x, self.s, self.a = (Ragged([r[i] for i in keep]) for r in (x, s, a))
-        self.fingerprint = hashlib.sha256(b"".join(
-            r.flat.tobytes() + r.length.tobytes() for r in (self.x, self.s, self.a))).hexdigest()[:16]
-        if not keep:
+        fits = [i for i in range(len(x)) if len(x[i]) + len(s[i]) + len(a[i]) <= block_size]
+        self.dropped = len(x) - len(fits)
+        self.problems = [problems[i] for i in fits]
+        self.x, self.s, self.a = (Ragged([rows[i] for i in fits]) for rows in (x, s, a))
+        if not fits:
             raise UserError(f"no problem is left: all {len(x)} are longer than --block-size {block_size}")
+        parts = [r.flat.tobytes() + r.length.tobytes() for r in (self.x, self.s, self.a)]
+        self.fingerprint = hashlib.sha256(b"".join(parts)).hexdigest()[:16]
         total = self.x.length + self.s.length + self.a.length
         self.order = np.argsort(total, kind="stable")  # rows, the shortest first
         self.buckets = [rows for rows in np.array_split(self.order, buckets) if len(rows)]
@@ -309,27 +393,30 @@ class Problems:
         return len(self.problems)
 
     def batch(self, rows, bucket):
-        """The Batch of these rows, as wide as the bucket (an array of rows) needs."""
-        lengths = tuple(r.length[bucket] for r in (self.x, self.s, self.a))
-        x, s, a = (r.pad(rows, n.max()) for r, n in zip((self.x, self.s, self.a), lengths))
-        return Batch(rows, x, s, a, self.x.length[rows], self.s.length[rows], self.a.length[rows], lengths)
+        """The Batch of these rows; `bucket` are the rows that it is padded like."""
+        tokens = [Tokens(self.x[row], self.s[row], self.a[row]) for row in rows]
+        return Batch(rows, tokens, tuple(r.length[bucket] for r in (self.x, self.s, self.a)))
 
     def train_batch(self, step, size, seed, rank=0, world=1):
-        """Batch number `step`: every problem once an epoch, in a new order each time. Rank r gets rows r::world."""
-        per_epoch = sum(-(-len(b) // size) for b in self.buckets)
-        epoch, at = divmod(step, per_epoch)
+        """Batch number `step`: every problem once an epoch, in a new order each. Rank r gets rows r::world."""
+        per_epoch = sum(-(-len(bucket) // size) for bucket in self.buckets)
+        epoch, number = divmod(step, per_epoch)
         if self.epoch != (seed, size, epoch):
-            self.epoch, rng = (seed, size, epoch), np.random.default_rng([seed, epoch])
-            batches = []
-            for bucket in self.buckets:  # the last batch is filled up from the start
-                rows = np.resize(rng.permutation(bucket), -(-len(bucket) // size) * size)
-                batches += [(r, bucket) for r in rows.reshape(-1, size)]
-            self.batches = [batches[i] for i in rng.permutation(per_epoch)]
-        rows, bucket = self.batches[at]
+            self.epoch = (seed, size, epoch)
+            self.batches = self.shuffle(np.random.default_rng([seed, epoch]), size)
+        rows, bucket = self.batches[number]
         return self.batch(rows[rank::world], bucket)
 
+    def shuffle(self, rng, size):
+        """An epoch's batches as (rows, bucket), in random order; a bucket's last is filled from its start."""
+        batches = []
+        for bucket in self.buckets:
+            rows = np.resize(rng.permutation(bucket), -(-len(bucket) // size) * size)
+            batches += [(some, bucket) for some in rows.reshape(-1, size)]
+        return [batches[i] for i in rng.permutation(len(batches))]
+
     def caps(self, c):
-        """(latents, tokens) that decoding stops at: the longest chain here, and a few tokens more for the answer."""
+        """(latents, tokens) at which decoding stops: the longest chain, and a little more for an answer."""
         longest = int(self.s.length.max())
         return -(-longest // c), longest + int(self.a.length.max()) + 4
 
@@ -341,11 +428,20 @@ class Problems:
 
 
 def splits(args, env, names=("train", "val"), no_cot=False):
-    """The Problems of these splits; says how many there are, and what is amiss with some."""
-    rows = {split: load(args.data, split, args.data_dir, args.cot, args.seed)[:MOST.get(split)] for split in names}
-    found = [Problems(rows[split], env.tokenizer, args.block_size, no_cot=no_cot) for split in names]
-    for split, p in zip(names, found if env.rank == 0 else ()):
+    """The Problems of these splits; says how many there are, and what is amiss with some.
+
+    args: data, data_dir, cot, seed, block_size; env: tokenizer, rank.
+    """
+    found = []
+    for split in names:
+        rows = load(args.data, split, args.data_dir, args.cot, args.seed, args.as_told)
+        rows = rows[:MAX_PROBLEMS.get(split)]
+        p = Problems(rows, env.tokenizer, args.block_size, no_cot=no_cot)
+        found.append(p)
+        if env.rank > 0:
+            continue
         empty = 0 if no_cot else int((p.s.length == 0).sum())
-        print(f"{split}: {len(p)} problems, {p.dropped} dropped as longer than --block-size {args.block_size}"
-              + f", {empty} without a chain of thought (--cot text: their whole solutions)" * (empty > 0))
+        note = f", {empty} without a chain of thought (see --cot text)" if empty else ""
+        print(f"{split}: {len(p)} problems, {p.dropped} dropped as longer than --block-size "
+              f"{args.block_size}{note}")
     return found

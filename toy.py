@@ -1,40 +1,47 @@
-"""The built-in task: grade-school word problems of five or six dependent steps, made by a seeded generator.
+"""The built-in task: grade-school word problems of six or seven steps, made by a seeded generator.
 
     python toy.py            # print three problems
 
-    Eva has 6 cards and wins 2. Ann has 10 cards and sells 6. They pool their cards, use 4, halve them and buy 3. How many
-    cards do they have?
-    <<6+2=8>> <<10-6=4>> <<8+4=12>> <<12-4=8>> <<8/2=4>> <<4+3=7>>     or, as well,
-    <<10-6=4>> <<6+2=8>> <<4+8=12>> <<12-4=8>> <<8/2=4>> <<4+3=7>>
-    #### 7
+    Mia has 5 books and loses 1. Eva has 10 books and wins 2. Tom has 3 books and loses 1. They pool
+    their books, drop 3 and halve them. How many books do they have?
+    <<5-1=4>> <<10+2=12>> <<3-1=2>> <<4+12+2=18>> <<18-3=15>> …
 
-The first two steps are free: either may come first. Then they meet, and a chain follows. So a problem has
-two valid paths to its answer, and one of them, drawn at random, is its chain of thought: mostly the order as told.
+The first three steps are free: they can be taken in any order. Then they meet in one sum, whose terms
+stand in the order in which they were computed, and a chain of dependent steps follows. So a problem has
+3! = 6 valid paths to its answer. One of them, drawn at random, is its chain of thought: with probability
+`as_told` the one in the order of the question, otherwise one of the other five.
 """
 import random
+from itertools import permutations
 
 NAMES = "Ann Ben Eva Leo Mia Sam Tom Zoe".split()
 THINGS = "apples beads books cards coins eggs pens shells".split()
-TOP = 15  # no value is larger: the arithmetic is a small table, so that the steps are the difficulty
-AS_TOLD = (4, 1)  # four chains in five take the free steps as the question tells them, one the other way round
 GAIN = ["buy", "find", "get", "win"]
 LOSS = ["drop", "lose", "sell", "use"]
+TOP = 20        # no value is larger: the arithmetic is a small table, so the steps are the difficulty
+LINKS = (2, 3)  # the fewest and the most dependent steps after the sum
+AS_TOLD = 0.8
 
 
-def small_and_gains(rng, name, things):
-    """One of the two free steps: (sentence, expression, value)."""
-    a, b = rng.randint(2, 6), rng.randint(1, 3)
-    return f"{name} has {a} {things} and {rng.choice(GAIN)}s {b}.", f"{a}+{b}", a + b
+def free_step(rng, name, things, start):
+    """One of the three free steps: (sentence, expression, value)."""
+    k = rng.randint(1, 4)
+    if rng.random() < 0.5 or start <= k:
+        return f"{name} has {start} {things} and {rng.choice(GAIN)}s {k}.", f"{start}+{k}", start + k
+    return f"{name} has {start} {things} and {rng.choice(LOSS)}s {k}.", f"{start}-{k}", start - k
 
 
-def large_and_loses(rng, name, things):
-    """The other one. It starts above all the small ones: a step's first number says which of the two it is."""
-    a, b = rng.randint(7, 12), rng.randint(2, 6)
-    return f"{name} has {a} {things} and {rng.choice(LOSS)}s {b}.", f"{a}-{b}", a - b
+def free_steps(rng, things):
+    """Three of them, whose sum is small; no two start from the same number, which so names its step."""
+    while True:
+        names, starts = rng.sample(NAMES, 3), rng.sample(range(2, 11), 3)
+        steps = [free_step(rng, name, things, start) for name, start in zip(names, starts)]
+        if sum(value for _, _, value in steps) <= TOP:
+            return steps
 
 
 def next_step(rng, value):
-    """One link of the chain that follows the merge: (clause, expression, value)."""
+    """One link of the chain that follows the sum: (clause, expression, value)."""
     while True:
         k = rng.randint(1, 4)
         clause, expression, result = rng.choice([
@@ -48,35 +55,45 @@ def next_step(rng, value):
 
 
 def make(rng):
-    """A problem: (question, paths, answer). Every path is a list of steps such as '<<7+5=12>>'."""
-    things, (one, two) = rng.choice(THINGS), rng.sample(NAMES, 2)
-    text1, expr1, a = small_and_gains(rng, one, things)
-    text2, expr2, b = large_and_loses(rng, two, things)
-    while a + b > TOP:
-        text2, expr2, b = large_and_loses(rng, two, things)
-    value, clauses, rest = a + b, [], []
-    for _ in range(rng.randint(2, 3)):
+    """A problem: (question, paths, answer). A path is a list of steps such as '<<7+5=12>>'.
+
+    The first path takes the free steps in the order in which the question tells them.
+    """
+    things = rng.choice(THINGS)
+    free = free_steps(rng, things)
+    total = value = sum(value for _, _, value in free)
+    clauses, links = [], []
+    for _ in range(rng.randint(*LINKS)):
         clause, expression, value = next_step(rng, value)
         clauses.append(clause)
-        rest.append(f"<<{expression}={value}>>")
+        links.append(f"<<{expression}={value}>>")
+    told = " ".join(sentence for sentence, _, _ in free)
     clauses = ", ".join(clauses[:-1]) + " and " + clauses[-1]
-    question = f"{text1} {text2} They pool their {things}, {clauses}. How many {things} do they have?"
-    first, second = f"<<{expr1}={a}>>", f"<<{expr2}={b}>>"
-    paths = [[first, second, f"<<{a}+{b}={a + b}>>", *rest], [second, first, f"<<{b}+{a}={a + b}>>", *rest]]
+    question = f"{told} They pool their {things}, {clauses}. How many {things} do they have?"
+    paths = []
+    for order in permutations(free):
+        first = [f"<<{expression}={result}>>" for _, expression, result in order]
+        terms = "+".join(str(result) for _, _, result in order)
+        paths.append([*first, f"<<{terms}={total}>>", *links])
     return question, paths, str(value)
 
 
-def problems(seed, count, wanted):
-    """`count` different problems whose question satisfies `wanted`, as dicts with question, chain, answer, paths."""
-    rng, seen = random.Random(f"toy-{seed}"), set()
+def problems(seed, count, wanted, as_told=AS_TOLD):
+    """`count` different problems whose question satisfies `wanted`.
+
+    Dicts with question, chain, answer (str) and paths (list of str, the first in the order as told).
+    """
+    rng = random.Random(f"toy-{seed}")
+    seen = set()
     while len(seen) < count:
         question, paths, answer = make(rng)
-        chain = " ".join(rng.choices(paths, AS_TOLD)[0])
+        paths = [" ".join(steps) for steps in paths]
+        chain = paths[0] if rng.random() < as_told else rng.choice(paths[1:])
         if wanted(question) and question not in seen:
             seen.add(question)
-            yield {"question": question, "chain": chain, "answer": answer, "paths": [" ".join(p) for p in paths]}
+            yield {"question": question, "chain": chain, "answer": answer, "paths": paths}
 
 
 if __name__ == "__main__":
-    for p in problems(0, 3, lambda question: True):
-        print(p["question"], *p["paths"], "#### " + p["answer"], "", sep="\n")
+    for problem in problems(0, 3, lambda question: True):
+        print(problem["question"], *problem["paths"], "#### " + problem["answer"], "", sep="\n")

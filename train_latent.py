@@ -2,93 +2,94 @@
 
     python train_latent.py
 
-The model starts as the LLM of phase 1, which can read latents. A problem is now X <bot> z_0 … z_{N-1} <eot> Ans, with
-the α that phase 2 stored, plain causal, and the model learns to predict every next thing: the next α (L_lat), <eot> and
-the answer (L_exp). At every step the α are shaken anew with Gumbel noise, input and target alike, so that the model
-meets many chains around the one stored. It is scored by decoding: latents until it says <eot> by itself. Next:
-python analyze.py
+The model starts as the LLM of phase 1, which can read latents. A problem is now the sequence
+X <bot> z_0 … z_{n-1} <eot> Ans with the α that phase 2 stored, plain causal, and the model learns to
+predict each next thing: the next α (L_lat), then <eot> and the answer (L_exp). At every update the α are
+perturbed anew with Gumbel noise, input and target alike, so that the model meets many chains around the
+one stored. It is scored by decoding: latents until it says <eot> by itself. Next: python analyze.py
 """
-import numpy as np
 import torch
-import torch.nn as nn
 
 import common
-from compress import Store, identity
 from data import splits
-from encoder import evaluate, llm_layout, place, superpose_sparse
-from train_sup import weighted_nll
+from decode import evaluate
+from encoder import insert_latents, latent_batch, superpose_sparse
+from losses import gumbel_noise, gumbel_perturb, latent_kl, weighted_nll
 
 
-# ---------------------------------------------------------------------------------------------- the losses
+def add_flags(p):
+    p.add_argument_group("ablations").add_argument(
+        "--noise", type=float, help="scale of the Gumbel noise (default: 1, as in the paper; on the toy "
+        "task 0.25; 0 = off)")
 
-def shake(values, gumbel):
-    """p̃ = softmax(log α + g) over the stored support. values, gumbel (B, N, K) -> (B, N, K) (DESIGN 6)."""
-    return (values.clamp(min=1e-30).log() + gumbel).softmax(2)
 
+# ------------------------------------------------------------------------------------------ the idea
 
-def latent_kl(p, ids, logits, n):
-    """L_lat: KL(p̃ ‖ q), mean over a row's n latents, then over rows; q over the whole vocabulary, p̃ sparse.
+def latent_loss(llm, seq, values, ids, noise):
+    """Phase 3: (L_exp, L_lat), one pass over X <bot> z_0 … z_{n-1} <eot> Ans.
 
-    p, ids (B, N, K): the support of p̃; logits (B, N, V): where each latent is predicted; n (B,).
+    values, ids (B, N, K): the stored α; noise (B, N, K). The perturbed p̃ is the input z and the target.
     """
-    logits = logits.float()
-    log_q = logits.gather(2, ids) - logits.logsumexp(2, keepdim=True)          # (B, N, K)
-    kl = (torch.xlogy(p, p) - p * log_q).sum(2)                                # (B, N)
-    real = torch.arange(kl.size(1), device=kl.device) < n[:, None]             # (B, N)
-    return (kl.where(real, 0).sum(1) / n.clamp(min=1)).mean()
+    N = seq.summary_index.size(1)
+    p = gumbel_perturb(values, noise)                                          # (B, N, K)
+    z = superpose_sparse(p, ids, llm.wte.weight)                               # (B, N, C)
+    x = insert_latents(llm.wte(seq.ids), z, seq.latent)                        # (B, T, C)
+    index = torch.cat([seq.summary_index, seq.predict_index], 1)               # (B, N + P)
+    logits = llm.head(llm(x, seq.pos, index=index))                            # (B, N + P, V)
+    exp = weighted_nll(logits[:, N:], seq.target, seq.loss_weight)
+    return exp, latent_kl(p, ids, logits[:, :N], seq.n)
 
 
-# ------------------------------------------------------------------------------------------------ the idea
+# ------------------------------------------------------------------------------------------ the loop
 
-class LatentReasoner(nn.Module):
-    """Phase 3: one pass over X <bot> z_0 … z_{N-1} <eot> Ans."""
+def train_latent(llm, store, train, val, args, env):
+    """L_auto = L_exp + L_lat."""
+    c = args.chunk_size
+    caps = train.caps(c)
+    forward = common.compiled(latent_loss, args)
+    optimizer, parameters = common.adamw({llm: args.lr}, env.device)
+    run = common.Run("latent", args, env, {"llm": llm}, optimizer, train, args.steps,
+                     depends=("chunk_size", "noise", "encoder", "store_top_k"))
+    for step in run:
+        batch = train.train_batch(step, args.batch_size, args.seed, env.rank, env.world)
+        seq = latent_batch(batch, c).to(env.device)
+        values, ids = store.read(batch.rows, seq.summary_index.size(1))        # (B, N, K)
+        shape = args.batch_size, *values.shape[1:]
+        noise = gumbel_noise(args.seed, step, shape, args.noise)[env.rank::env.world]
+        values, ids, noise = values.to(env.device), ids.to(env.device), noise.to(env.device)
+        with env.autocast():
+            exp, lat = forward(llm, seq, values, ids, noise)
+        loss = exp + lat
+        loss.backward()
+        common.average_gradients(parameters, env.world)
+        norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak_lr"] * common.schedule(step, args.steps)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        run.log(loss=loss, exp=exp, lat=lat, norm=norm)
+        if run.evaluates:
+            result = evaluate(llm, val, env, "latent", caps, top_k=store.top_k)
+            run.save(result["accuracy"], steps=result["steps"])
 
-    def __init__(self, llm):
-        super().__init__()
-        self.llm = llm
 
-    def forward(self, seq, values, ids, gumbel):
-        p = shake(values, gumbel)                                              # (B, N, K)
-        z = superpose_sparse(p, ids, self.llm.wte.weight)                      # (B, N, C)
-        x = place(self.llm.wte(seq.ids), z, seq.latent)                        # (B, T, C)
-        hidden = self.llm(x, seq.pos, at=torch.cat([seq.mark, seq.at], 1))     # (B, N + P, C)
-        logits, N = self.llm.head(hidden), seq.mark.size(1)
-        lat = latent_kl(p, ids, logits[:, :N], seq.n)
-        exp = weighted_nll(logits[:, N:], seq.target, seq.weight)
-        return exp + lat, {"exp": exp, "lat": lat}
-
-
-def gumbel_noise(seed, step, size, rank=0, world=1, scale=1.0):
-    """float32 scale · Gumbel(0, 1), a function of (seed, step): the same when a run is resumed or shared out."""
-    g = np.random.default_rng([seed, step, 3]).gumbel(size=size).astype(np.float32)
-    return torch.from_numpy(scale * g[rank::world])
-
+# ----------------------------------------------------------------------------------------- the script
 
 def main(argv=None):
     p = common.parser(__doc__, "latent")
-    p.add_argument("--noise", type=float, help="scale of the Gumbel noise (default: 1, as in the paper; toy: 0.25; 0 = off)")
+    add_flags(p)
     args, env = common.setup(p, "latent", argv)
-    tokenizer, c = env.tokenizer, args.chunk_size
-
-    # data and model
     train, val = splits(args, env)
-    encoder = identity(env.parent["models"]["encoder"])
-    store = Store(args.out / "latents", fingerprint=train.fingerprint, chunk_size=c, tokenizer=tokenizer.name, encoder=encoder,
-                  **{} if args.top_k is None else {"top_k": args.top_k})
-    caps = train.caps(c)
+    encoder = common.identity(env.parent["models"]["encoder"])
+    expected = dict(fingerprint=train.fingerprint, chunk_size=args.chunk_size,
+                    tokenizer=env.tokenizer.name, encoder=encoder)
+    if args.top_k is not None:
+        expected["top_k"] = args.top_k
+    store = common.Store(args.out / "latents", **expected)
+    caps = list(train.caps(args.chunk_size))
+    env.config.update(encoder=encoder, store_top_k=store.top_k, caps=caps)
     llm = common.build(env.parent, "llm", env.device)
-    env.config.update(encoder=encoder, store_top_k=store.top_k, caps=list(caps))
-
-    # phase 3
-    run = common.Run("latent", args, env, LatentReasoner(llm), {"llm": llm}, train, args.steps)
-    for batch in run:
-        seq = llm_layout(batch, c, text=False)
-        values, ids = store(batch.rows, seq.mark.size(1))
-        noise = gumbel_noise(args.seed, run.step, (args.batch_size, *values.shape[1:]), env.rank, env.world, args.noise)
-        run.update(*run.forward(seq, values, ids, noise))
-        if run.evaluates:
-            val_result = evaluate(llm, val, env, "latent", caps, top_k=store.top_k)
-            run.keep(val_result["accuracy"], steps=val_result["steps"])
+    train_latent(llm, store, train, val, args, env)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
-"""What the tests share: a vocabulary of a few ids, float64 models, batches of random tokens, and where real data may be.
+"""What the tests share: a vocabulary of a few ids, float64 models, random batches, where data is.
 
-Most tests compare one fast pass with a plain loop that feeds one row at a time to a plain causal model. In float64 the
-two differ by rounding, about 1e-14, and any leak through a mask or a wrong position by many orders more.
+Most tests compare one fast pass with a plain loop that feeds one row at a time to a plain causal
+model. In float64 the two differ by rounding, about 1e-14, and any leak through a mask or a wrong
+position by many orders more.
 """
 import os
 import sys
@@ -19,37 +20,47 @@ if (SHARED / "tiktoken").is_dir():
     os.environ.setdefault("TIKTOKEN_CACHE_DIR", str(SHARED / "tiktoken"))
 torch.set_num_threads(1)
 
-from data import Batch, Tokenizer, UserError  # noqa: E402  (the path is set above)
+from data import Batch, Tokenizer, Tokens, UserError  # noqa: E402  (the path is set above)
 from model import GPT, GPTConfig  # noqa: E402
 
-VOCAB = SimpleNamespace(n_ordinary=12, eos=12, bot=13, eot=14, sum=15, n_vocab=20)  # ids 16 … 19 are padding
+# ids 16 … 19 are padding
+VOCAB = SimpleNamespace(n_ordinary=12, eos=12, bot=13, eot=14, sum=15, n_vocab=20)
 
 
 def tiny(seed, block_size=64, **shape):
     """A float64 GPT over VOCAB; large weights, so that everything a token sees moves its logits."""
     torch.manual_seed(seed)
-    model = GPT(GPTConfig(VOCAB.n_vocab, block_size, **{"n_layer": 2, "n_head": 2, "n_embd": 16, **shape})).double()
+    shape = {"n_layer": 2, "n_head": 2, "n_embd": 16, **shape}
+    model = GPT(GPTConfig(VOCAB.n_vocab, block_size, **shape)).double()
     with torch.no_grad():
         for p in model.parameters():
             p.add_(0.2 * torch.randn_like(p))
     return model.eval().requires_grad_(False)
 
 
-def random_batch(ns, seed=0, nx=None):
-    """A Batch over VOCAB with chains of these lengths. Past a row's end stands garbage, as in the real ones."""
-    rng, ns = np.random.default_rng(seed), np.array(ns)
-    nx = rng.integers(2, 8, len(ns)) if nx is None else np.array(nx)
-    na = rng.integers(3, 6, len(ns))
-    x, s, a = (rng.integers(0, VOCAB.n_ordinary, (len(ns), n.max())) for n in (nx, ns, na))
-    b = np.arange(len(ns))
-    x[b, nx - 1], a[:, 0], a[b, na - 1] = VOCAB.bot, VOCAB.eot, VOCAB.eos
-    return Batch(b, x, s, a, nx, ns, na, (nx, ns, na))
+def random_batch(lengths, seed=0, question_lengths=None):
+    """A Batch over VOCAB whose chains have these lengths; its bucket has no other problems."""
+    rng = np.random.default_rng(seed)
+    B = len(lengths)
+    x = rng.integers(2, 8, B) if question_lengths is None else np.array(question_lengths)  # (B,)
+    s = np.array(lengths)                                                                  # (B,)
+    a = rng.integers(3, 6, B)                                                              # (B,)
+
+    def words(count):
+        return rng.integers(0, VOCAB.n_ordinary, count).tolist()
+
+    problems = []
+    for b in range(B):
+        question = words(x[b] - 1) + [VOCAB.bot]
+        answer = [VOCAB.eot] + words(a[b] - 2) + [VOCAB.eos]
+        problems.append(Tokens(question, words(s[b]), answer))
+    return Batch(np.arange(B), problems, (x, s, a))
 
 
 def rows(batch, c):
-    """A batch as plain lists, row by row: (X, [S₀, S₁, …], Ans)."""
-    for x, s, a, nx, ns, na in zip(batch.x.tolist(), batch.s.tolist(), batch.a.tolist(), batch.nx, batch.ns, batch.na):
-        yield x[:nx], [s[i:min(i + c, ns)] for i in range(0, ns, c)], a[:na]
+    """A batch row by row as plain lists: (X, [S₀, S₁, …], Ans), the chunks of c tokens."""
+    for question, chain, answer in batch.problems:
+        yield question, [chain[i:min(i + c, len(chain))] for i in range(0, len(chain), c)], answer
 
 
 def close(a, b, tol=1e-11):

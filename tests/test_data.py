@@ -4,6 +4,7 @@ import http.client
 import io
 import json
 import re
+import time
 from decimal import Decimal
 from fractions import Fraction
 from types import SimpleNamespace
@@ -14,13 +15,14 @@ import pytest
 import data
 import toy
 from conftest import ROOT
-from data import TOY_SIZE, Problems, UserError, load, split_of, to_number
-from encoder import encoder_layout, explicit_layout, llm_layout
+from data import TOY_SIZE, Problems, UserError, load, numbers, split_of, to_number
+from encoder import (chunk_bags, draw_followed, encoder_batch, explicit_batch, latent_batch,
+                     llm_batch)
 
 SAMPLE = ROOT / "tests" / "sample.jsonl"
 
 
-# -------------------------------------------------------------------------------------------------- the toy task
+# ------------------------------------------------------------------------------------- the toy task
 
 @pytest.fixture(scope="module")
 def toy_problems():
@@ -28,11 +30,16 @@ def toy_problems():
 
 
 def test_every_toy_path_leads_to_the_answer(toy_problems):
-    """Each step is true, uses only numbers that the question or an earlier step gave, and the last one is the answer."""
+    """Each step is true and uses only numbers that the question or an earlier step gave.
+
+    The last result is the answer.
+    """
     for p in toy_problems:
         assert p["chain"] in p["paths"] and len(set(p["paths"])) == 2
         for path in p["paths"]:
-            given = set(re.findall(r"\d+", p["question"])) | ({"2"} if re.search("double|halve", p["question"]) else set())
+            given = set(re.findall(r"\d+", p["question"]))
+            if re.search("double|halve", p["question"]):
+                given.add("2")
             steps = path.split(" ")
             assert len(steps) in (5, 6)
             for step in steps:
@@ -50,13 +57,15 @@ def test_toy_splits_are_seeded_and_share_no_question():
     assert not set(questions["train"]) & set(questions["val"] + questions["test"])
     assert not set(questions["val"]) & set(questions["test"])
     assert load("toy", "val") == load("toy", "val") != load("toy", "val", seed=1)
-    assert not {p["question"] for p in load("toy", "test", seed=1)} & set(questions["train"])  # whatever the seed
+    other_seed = {p["question"] for p in load("toy", "test", seed=1)}
+    assert not other_seed & set(questions["train"])  # whatever the seed
 
 
-# ---------------------------------------------------------------------------------------------------- tokenizers
+# --------------------------------------------------------------------------------------- tokenizers
 
-TEXTS = ["", " ", "Ann has 7 pens.", "zebras  &\n\tquaggas", "naïve café: 12½ €, 汉字 🙂", "<<7+5=12>> <<9-8=1>>#### 1", "####",
-         "<eot> <bot><sum><|endoftext|>", "1234567 x07", "e\u0301\u200b\x00"]
+TEXTS = ["", " ", "Ann has 7 pens.", "zebras  &\n\tquaggas", "naïve café: 12½ €, 汉字 🙂",
+         "<<7+5=12>> <<9-8=1>>#### 1", "####", "<eot> <bot><sum><|endoftext|>", "1234567 x07",
+         "e\u0301\u200b\x00"]
 
 
 @pytest.mark.parametrize("name", ["toy", "gpt2"])
@@ -81,7 +90,7 @@ def test_toy_words_and_numbers_are_tokens_and_unknown_words_are_bytes(toy_tokeni
         assert all(len(token) > 1 for token in tokens if token.isalpha())
 
 
-# ------------------------------------------------------------------------------------------------------- loaders
+# ------------------------------------------------------------------------------------------ loaders
 
 def test_all_of_gsm8k_parses_and_tokenizes(gsm8k, gpt2_tokenizer):
     splits = {split: load("gsm8k", split, gsm8k) for split in ("train", "val", "test")}
@@ -89,11 +98,12 @@ def test_all_of_gsm8k_parses_and_tokenizes(gsm8k, gpt2_tokenizer):
     assert 0.03 < len(splits["val"]) / 7473 < 0.07
     for cot in ("steps", "text"):
         every = [p for split in splits for p in load("gsm8k", split, gsm8k, cot)]
-        assert len(every) == 8792 and all(to_number(p["answer"]) is not None for p in every)
+        assert len(every) == 8792
+        assert all(to_number(p["answer"]) is not None for p in every)
         done = Problems(every, gpt2_tokenizer, block_size=1024)
         assert done.dropped == 0
-        for r in range(0, 8792, 97):
-            assert gpt2_tokenizer.decode(done.s.pad(np.array([r]), done.s.length[r])[0].tolist()) == every[r]["chain"]
+        for row in range(0, 8792, 97):
+            assert gpt2_tokenizer.decode(done.s[row]) == every[row]["chain"]
 
 
 def test_own_jsonl_in_the_form_of_gsm8k():
@@ -110,29 +120,43 @@ def test_own_jsonl_in_the_form_of_gsm8k():
 def test_folder_with_train_and_test(tmp_path):
     lines = SAMPLE.read_text("utf-8").splitlines(keepends=True)
     (tmp_path / "train.jsonl").write_text("".join(lines[:14]), "utf-8")
-    (tmp_path / "test.jsonl").write_text("\ufeff" + "\r\n".join(lines[14:]) + "\n\n", "utf-8")  # as Windows writes it
+    windows = "\ufeff" + "\r\n".join(lines[14:]) + "\n\n"
+    (tmp_path / "test.jsonl").write_text(windows, "utf-8")
     assert len(load(str(tmp_path), "test")) == 2
     both = load(str(tmp_path), "train") + load(str(tmp_path), "val")
     assert {p["question"] for p in both} == {json.loads(line)["question"] for line in lines[:14]}
 
 
 def test_gsm8k_aug(tmp_path):
-    line = "Out of 600 employees, 30% got a rise. How many did not?||<<600*30/100=180>> <<600-180=420>> #### 420\n"
-    (tmp_path / "test.txt").write_text(line)
-    assert load("gsm8k-aug", "test", tmp_path) == [{
-        "question": "Out of 600 employees, 30% got a rise. How many did not?",
-        "chain": "<<600*30/100=180>> <<600-180=420>>", "answer": "420"}]
+    question = "Out of 600 employees, 30% got a rise. How many did not?"
+    chain = "<<600*30/100=180>> <<600-180=420>>"
+    (tmp_path / "test.txt").write_text(f"{question}||{chain} #### 420\n")
+    assert load("gsm8k-aug", "test", tmp_path) == [
+        {"question": question, "chain": chain, "answer": "420"}]
 
 
 GOOD = '{"question": "1 + 1?", "answer": "<<1+1=2>> #### 2"}'
 
 
-@pytest.mark.parametrize("bad, complaint", [
-    ("{", "no JSON"), ("[1, 2]", "'question' and 'answer'"), ('{"question": "x"}', "'question' and 'answer'"),
-    ('{"question": 5, "answer": "#### 5"}', "'question' and 'answer'"), ("[" * 100000, "no JSON"),
-    ('{"question": " ", "answer": "#### 5"}', "question is empty"), ('{"question": "x", "answer": "#### many"}', "'many'"),
-    ('{"question": "x", "answer": "it is 5"}', "after '####'"), ('{"question": "x", "answer": "5 ####"}', "after '####'"),
-], ids=range(9))
+MALFORMED = [
+    ("{", "no JSON"),
+    ("[1, 2]", "'question' and 'answer'"),
+    ('{"question": "x"}', "'question' and 'answer'"),
+    ('{"question": 5, "answer": "#### 5"}', "'question' and 'answer'"),
+    ("[" * 100000, "no JSON"),
+    ('{"question": " ", "answer": "#### 5"}', "question is empty"),
+    ('{"question": "x", "answer": "#### many"}', "'many'"),
+    ('{"question": "x", "answer": "it is 5"}', "after '####'"),
+    ('{"question": "x", "answer": "5 ####"}', "after '####'"),
+    ('{"question": "x", "answer": "#### 1.2.3"}', "one number after '####', found '1.2.3'"),
+    ('{"question": "x", "answer": "#### 1,2"}', "one number after '####', found '1,2'"),
+    ('{"question": "x", "answer": "#### 1/0"}', "one number after '####', found '1/0'"),
+    ('{"question": "x", "answer": "#### 5 or 6"}', "one number after '####', found '5 or 6'"),
+    ('{"question": "x", "answer": "#### 5 and 1.2.3"}', "one number after '####'"),
+]
+
+
+@pytest.mark.parametrize("bad, complaint", MALFORMED, ids=range(len(MALFORMED)))
 def test_a_malformed_line_is_named(tmp_path, bad, complaint):
     file = tmp_path / "mine.jsonl"
     file.write_text(f"{GOOD}\n\n{bad}\n")
@@ -141,20 +165,37 @@ def test_a_malformed_line_is_named(tmp_path, bad, complaint):
     assert str(error.value).startswith(f"{file}, line 3: ") and complaint in str(error.value)
 
 
+@pytest.mark.parametrize("answer, kept", [
+    ("1,234", "1234"), ("1 1/2", "1 1/2"), ("2.5e-06", "2.5e-06"), ("-$3.50", "-$3.50"),
+    ("18 dollars", "18 dollars"), ("1½", "1½"), ("2 x 10^3", "2 x 10^3"),
+])
+def test_an_answer_of_one_number_is_kept_as_written(tmp_path, answer, kept):
+    """But for the commas; and it is the same number without them."""
+    line = {"question": "x", "answer": f"<<1+1=2>> #### {answer}"}
+    (tmp_path / "test.jsonl").write_text(json.dumps(line))
+    problem, = load(str(tmp_path), "test")
+    assert problem["answer"] == kept
+    assert to_number(kept) == to_number(answer) is not None
+
+
 def test_what_has_no_chain_is_said(tmp_path, capsys):
-    """Solutions without calculator steps are no chain of thought, unless the whole text is: nothing silent."""
-    (tmp_path / "train.jsonl").write_text("\n".join(
-        json.dumps({"question": f"{i} + 1?", "answer": f"It is {i + 1}. #### {i + 1}"}) for i in range(60)))
+    """Solutions without calculator steps are no chain of thought, unless the whole text is one."""
+    lines = [json.dumps({"question": f"{i} + 1?", "answer": f"It is {i + 1}. #### {i + 1}"})
+             for i in range(60)]
+    (tmp_path / "train.jsonl").write_text("\n".join(lines))
     args = SimpleNamespace(data=str(tmp_path), data_dir=None, cot="steps", seed=0, block_size=64)
     env = SimpleNamespace(tokenizer=data.Tokenizer("toy"), rank=0)
     train, val = data.splits(args, env)
-    assert f"train: {len(train)} problems" in capsys.readouterr().out.split(f"{len(train)} without a chain")[0]
+    said = capsys.readouterr().out.split(f"{len(train)} without a chain")[0]
+    assert f"train: {len(train)} problems" in said
     args.cot = "text"
-    assert (data.splits(args, env)[0].s.length > 0).all() and "without" not in capsys.readouterr().out
+    assert (data.splits(args, env)[0].s.length > 0).all()
+    assert "without" not in capsys.readouterr().out
 
 
 def test_half_a_character_is_no_reason_to_stop(tmp_path, toy_tokenizer):
-    (tmp_path / "test.jsonl").write_text('{"question": "\\ud83d?", "answer": "<<1+1=2>> #### 2"}')  # JSON can say it, UTF-8 can't
+    # JSON can say it, UTF-8 can't
+    (tmp_path / "test.jsonl").write_text('{"question": "\\ud83d?", "answer": "<<1+1=2>> #### 2"}')
     assert len(Problems(load(str(tmp_path), "test"), toy_tokenizer, 96)) == 1
 
 
@@ -181,20 +222,89 @@ def test_files_that_are_not_there_or_not_text(tmp_path):
         load(str(tmp_path / "one.jsonl"), "val")
 
 
-# ------------------------------------------------------------------------------------------------------- scoring
+# ------------------------------------------------------------------------------------------ scoring
+
+SCORES = {
+    "where": [
+        ("#### 10", "10"), ("<eot>#### 10", "10"), ("first 3, then 7", "7"),
+        ("#### 1 #### 2", "2"), ("7 and #### 8 of 9", "9"), ("12 apples and 3", "3"),
+        ("x = 5.", "5"), ("It is 5.", "5"), ("5, or so", "5"), ("**18**", "18"),
+        ("5^2 = 25", "25"), ("½ of 8 is 4", "4"), ("1, 2", "2"), ("x₁ = 5", "5"),
+        ("in 2½ days\n#### 3", "3"), ("1/0 and 5", "5"),
+    ],
+    "whole numbers": [
+        ("0", "0"), ("007", "7"), ("5.", "5"), ("10.0", "10"), ("1,000", "1000"),
+        ("#### 1,000", "1000"), ("1,000,000", "1000000"), ("#### 1,234,567.50", "1234567.5"),
+        ("1,234.", "1234"), ("٤٢", "42"), ("१२३", "123"), ("１２", "12"),
+    ],
+    "decimals": [
+        (".5", "0.5"), ("-.5", "-0.5"), ("00.50", "0.5"), ("3.14159", "3.14159"),
+    ],
+    "signs": [
+        ("-3", "-3"), ("−3", "-3"), ("+4", "4"), ("#### -1,234", "-1234"), ("x = -3", "-3"),
+        ("(-3)", "-3"), ("-0", "0"), ("3-2", "2"), ("5-3", "3"), ("5−3", "3"), ("(5)-3", "3"),
+    ],
+    "money and shares": [
+        ("$5.00", "5"), ("-$3", "-3"), ("$-3", "-3"), ("$1,234.50", "1234.5"), ("50%", "50"),
+        ("20%", "20"), ("20 %", "20"), ("$18.00 in all", "18"), ("€7", "7"),
+    ],
+    "fractions": [
+        ("1/2", "0.5"), ("3 / 4", "0.75"), ("1 / 2", "0.5"), ("-1/2", "-0.5"), ("1⁄2", "0.5"),
+        ("1,234/2", "617"), ("1/1,000", "0.001"), (".5/2", "0.25"), ("½", "0.5"), ("¾ cup", "0.75"),
+    ],
+    "mixed numbers": [
+        ("1 1/2", "1.5"), ("1 1 / 2", "1.5"), ("-1 1/2", "-1.5"), ("1½", "1.5"), ("1 ½", "1.5"),
+        ("-1½", "-1.5"), ("−1½", "-1.5"), ("10 3/4 cups", "10.75"), ("2 1⁄4", "2.25"),
+    ],
+    "exponents": [
+        ("1e6", "1000000"), ("1E+3", "1000"), ("2.0107e-06", "0.0000020107"), ("-1e-3", "-0.001"),
+        ("1e400", "1e400"), ("2.5 x 10^-6", "0.0000025"), ("2.5×10⁻⁶", "0.0000025"),
+        ("2.5 · 10^6", "2500000"), ("2 × 10³", "2000"), ("3x10^(-2)", "0.03"), ("2*10**3", "2000"),
+        ("-2 x 10^3.", "-2000"),
+    ],
+    "no number": [
+        ("", None), ("####", None), ("7 ####", None), ("no number", None), ("-", None),
+        ("...", None), ("#", None), ("$", None), ("①", None), ("Ⅳ", None),
+        ("e", None), ("/", None), ("^", None),
+    ],
+    "only like a number": [
+        ("1.2.3", None), ("1,2", None), ("1,00", None), ("1,0000", None), ("1,234,56", None),
+        ("1234,567", None), ("1.000,50", None), ("1.000.000", None), ("1..2", None), ("5.,6", None),
+        ("1/2/3", None), ("10/2/2024", None), ("3 1/2/4", None), ("1/0", None), ("0/0", None),
+        ("5 1/0", None), ("5 and 1/0", None), ("5^2", None), ("5²", None), ("10^3", None),
+        ("10³", None), ("1.5e6.5", None), ("1.5 x 10^6.5", None), ("2*10^2/4", None),
+        ("5¼/2", None), ("2½²", None), ("1e99999999999999999999", None),
+        ("1 x 10^99999999999999999999", None),
+    ],
+}
+
 
 @pytest.mark.parametrize("text, number", [
-    ("#### 10", "10"), ("<eot>#### 10", "10"), ("first 3, then 7", "7"), ("#### 1 #### 2", "2"), ("7 and #### 8 of 9", "9"),
-    ("1,000", "1000"), ("#### 1,234,567.50", "1234567.5"), ("$5.00", "5"), ("-$3", "-3"), ("-3", "-3"), ("+4", "4"), ("50%", "50"),
-    ("1/2", "0.5"), ("3 / 4", "0.75"), (".5", "0.5"), ("-.5", "-0.5"), ("It is 5.", "5"), ("5, or so", "5"), ("5-3", "3"),
-    ("(5)-3", "3"), ("x = -3", "-3"), ("٤٢", "42"), ("007", "7"), ("10.0", "10"),
-    ("", None), ("####", None), ("7 ####", None), ("none", None), ("1/0", None), ("0/0", None), ("½", None), ("-", None), ("...", None),
-])
+    pytest.param(text, number, id=f"{kind}: {text}")
+    for kind, cases in SCORES.items() for text, number in cases])
 def test_answers_as_people_write_them(text, number):
     assert to_number(text) == (None if number is None else Decimal(number))
 
 
-# ------------------------------------------------------------------------------------------------------- batches
+def test_all_numbers_of_a_text_in_order():
+    found = numbers("From 1,000 he gave 1/2 on 1.2.3, then -7 and $2½; 5/0 is none")
+    expected = ["1000", "0.5", None, "-7", "2.5", None]
+    assert found == [number and Decimal(number) for number in expected]
+
+
+@pytest.mark.parametrize("text", [
+    "1" * 50_000, "1 " * 25_000, "1,111" * 10_000, "1/" * 25_000, "9^" * 25_000, "." * 50_000,
+    "1" + " " * 50_000 + "/", ("1" + " " * 300) * 150, "1e" * 25_000, "10 x 10^" * 6_000,
+    "½" * 10_000, "²" * 50_000, "-" * 50_000, "1e" + "9" * 50_000, "1 x 10^" + "9" * 50_000,
+], ids=range(15))
+def test_no_text_takes_long_to_score(text):
+    """A model can write anything: a pattern that goes back over it again would take minutes."""
+    start = time.process_time()
+    to_number(text)
+    assert time.process_time() - start < 2
+
+
+# ------------------------------------------------------------------------------------------ batches
 
 @pytest.fixture(scope="module")
 def problems(toy_tokenizer, toy_problems):
@@ -204,50 +314,66 @@ def problems(toy_tokenizer, toy_problems):
 
 def test_every_problem_once_an_epoch(problems):
     size = 8
-    fills = [np.concatenate([problems.train_batch(step, size, seed=0).rows for step in range(e * 15, e * 15 + 15)])
-             for e in range(2)]  # three buckets of 34, 34 and 33 problems: five batches each
-    for rows in fills:
+    epochs = []
+    for epoch in range(2):  # three buckets of 34, 34 and 33 problems: five batches each
+        steps = range(epoch * 15, epoch * 15 + 15)
+        rows = np.concatenate([problems.train_batch(step, size, seed=0).rows for step in steps])
         count = np.bincount(rows, minlength=len(problems))
-        assert count.min() == 1 and count.sum() == 15 * size and count.max() <= 2  # the last batches are filled up
-    assert fills[0].tolist() != fills[1].tolist()
+        assert count.min() == 1 and count.sum() == 15 * size
+        assert count.max() <= 2  # the last batches are filled up
+        epochs.append(rows.tolist())
+    assert epochs[0] != epochs[1]
 
 
 def test_a_batch_is_a_function_of_seed_and_step(problems, toy_tokenizer):
     fresh = Problems(problems.problems, toy_tokenizer, block_size=96)
-    for seed, step in ((0, 40), (1, 3), (0, 3), (0, 40), (1, 40)):  # in any order, with or without a history
-        a, b = problems.train_batch(step, 8, seed), fresh.train_batch(step, 8, seed)
+    # in any order, with or without a history
+    for seed, step in ((0, 40), (1, 3), (0, 3), (0, 40), (1, 40)):
+        a = problems.train_batch(step, 8, seed)
+        b = fresh.train_batch(step, 8, seed)
         assert a.rows.tolist() == b.rows.tolist()
         fresh.epoch = None
-    assert problems.train_batch(3, 8, 0).rows.tolist() != problems.train_batch(3, 8, 1).rows.tolist()
+    other_seed = problems.train_batch(3, 8, 1)
+    assert problems.train_batch(3, 8, 0).rows.tolist() != other_seed.rows.tolist()
 
 
 def test_ranks_share_one_global_batch(problems):
     whole = problems.train_batch(5, 8, 0)
     parts = [problems.train_batch(5, 8, 0, rank, 2) for rank in range(2)]
     assert sorted(np.concatenate([p.rows for p in parts])) == sorted(whole.rows)
-    assert all(encoder_layout(p, 2, 0).ids.shape[1] == encoder_layout(whole, 2, 0).ids.shape[1] for p in parts)
+    width = encoder_batch(whole, 2, 0).ids.shape[1]
+    assert all(encoder_batch(part, 2, 0).ids.shape[1] == width for part in parts)
 
 
 def test_few_fixed_widths(problems, toy_tokenizer):
-    for layout in (explicit_layout, lambda b: encoder_layout(b, 2, toy_tokenizer.sum), lambda b: llm_layout(b, 2),
-                   lambda b: llm_layout(b, 2, text=False)):
-        seqs = [layout(problems.train_batch(step, 8, 0)) for step in range(45)]
-        assert len({tuple(t.shape for t in seq) for seq in seqs}) <= len(problems.buckets)
+    batches = [problems.train_batch(step, 8, 0) for step in range(45)]
+    for lay_out in (explicit_batch,
+                    lambda batch: encoder_batch(batch, 2, toy_tokenizer.sum),
+                    lambda batch: llm_batch(batch, 2),
+                    lambda batch: llm_batch(batch, 2, draw_followed(batch, 2, 0, batch.rows[0])),
+                    lambda batch: latent_batch(batch, 2),
+                    lambda batch: [chunk_bags(batch, 2)]):
+        shapes = {tuple(tensor.shape for tensor in lay_out(batch)) for batch in batches}
+        assert len(shapes) <= len(problems.buckets)
 
 
 def test_a_batch_holds_the_problems_it_names(problems, toy_tokenizer):
     t = toy_tokenizer
     for batch in (problems.train_batch(1, 8, 0), *problems.eval_batches(40)):
-        for b, row in enumerate(batch.rows):
+        assert len(batch.rows) == len(batch.problems)
+        for row, (question, chain, answer) in zip(batch.rows, batch.problems):
             p = problems.problems[row]
-            assert batch.x[b, :batch.nx[b]].tolist() == t.encode(p["question"]) + [t.bot]
-            assert batch.s[b, :batch.ns[b]].tolist() == t.encode(p["chain"])
-            assert batch.a[b, :batch.na[b]].tolist() == [t.eot] + t.encode("#### " + p["answer"]) + [t.eos]
+            assert question == t.encode(p["question"]) + [t.bot]
+            assert chain == t.encode(p["chain"])
+            assert answer == [t.eot] + t.encode("#### " + p["answer"]) + [t.eos]
+            lengths = len(question), len(chain), len(answer)
+            assert lengths in zip(*(column.tolist() for column in batch.bucket))
 
 
 def test_evaluation_meets_every_problem_once(problems):
-    assert sorted(np.concatenate([b.rows for b in problems.eval_batches(16)])) == list(range(101))
-    assert sorted(np.concatenate([b.rows for b in problems.eval_batches(16, limit=20)])) == list(range(20))
+    for limit, count in (None, 101), (20, 20):
+        batches = problems.eval_batches(16, limit=limit)
+        assert sorted(np.concatenate([batch.rows for batch in batches])) == list(range(count))
 
 
 def test_what_is_too_long_is_dropped_and_counted(problems, toy_tokenizer):
@@ -261,7 +387,7 @@ def test_what_is_too_long_is_dropped_and_counted(problems, toy_tokenizer):
         Problems(problems.problems, toy_tokenizer, 5)
 
 
-# ------------------------------------------------------------------------------------------------------- downloads
+# ---------------------------------------------------------------------------------------- downloads
 
 @pytest.mark.parametrize("arrives, says", [
     (lambda: io.BytesIO(b"half of it"), "checksum"),

@@ -1,13 +1,16 @@
-"""Decoding in a batch, on a cache, against a plain loop that reads one row over again for every step."""
+"""Decoding in a batch, on a cache, against a loop that reads one row over again for every step."""
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-import common
+import decode as decoding
 from conftest import VOCAB, random_batch, rows, tiny
-from encoder import decode, gold_prompt, ordinary_softmax, superpose
-from test_encoder import summaries
+from data import Problems
+from decode import Decoded, decode, evaluate, gold_prompt, question_prompt
+from encoder import ordinary_softmax, pad, superpose
+from test_encoder import embed, summaries
 
 
 def decode_one(llm, x, latent=False, top_k=0, max_latents=0, max_tokens=64):
@@ -17,7 +20,8 @@ def decode_one(llm, x, latent=False, top_k=0, max_latents=0, max_tokens=64):
         logits = llm.head(llm(x[None]))[0, -1]
         token = int(logits.argmax())
         if latent and token != VOCAB.eot and latents == max_latents:
-            token, capped = VOCAB.eot, True
+            token = VOCAB.eot
+            capped = True
         latent = latent and token != VOCAB.eot
         if not latent:
             written.append(token)
@@ -27,25 +31,40 @@ def decode_one(llm, x, latent=False, top_k=0, max_latents=0, max_tokens=64):
             return written, latents, True
         if latent:
             latents += 1
-            fed = superpose(ordinary_softmax(logits, VOCAB.n_ordinary), llm.wte.weight, top_k)
+            alpha = ordinary_softmax(logits, VOCAB.n_ordinary)
+            fed = superpose(alpha, llm.wte.weight, top_k)
         else:
             fed = llm.wte.weight[token]
         x = torch.cat([x, fed[None].to(x.dtype)])
 
 
 def speaker(seed, B=8):
-    """A model whose rows stop early, late or never, and prompts for it: (B, T, C), lengths, garbage past a row's end."""
-    llm, batch = tiny(seed, block_size=40), random_batch([0] * B, seed)
+    """A model whose rows stop early, late or never, and prompts for it: (B, T, C), lengths (B,).
+
+    Past a row's end stands garbage.
+    """
+    llm = tiny(seed, block_size=40)
     llm.wpe.weight.mul_(4)  # so that it does not say one thing for ever
-    return llm, llm.wte(torch.from_numpy(batch.x)), torch.from_numpy(batch.nx)
+    questions = [question for question, _, _ in random_batch([0] * B, seed).problems]
+    length = torch.tensor([len(question) for question in questions])
+    g = torch.Generator().manual_seed(seed)
+    ids = torch.randint(VOCAB.n_ordinary, (B, int(length.max())), generator=g)  # (B, T)
+    for row, question in zip(ids, questions):
+        row[:len(question)] = torch.tensor(question)
+    return llm, llm.wte(ids), length
 
 
 @pytest.mark.parametrize("how", [
-    dict(), dict(max_tokens=3), dict(latent=True, max_latents=30), dict(latent=True, max_latents=30, top_k=3),
-    dict(latent=True, max_latents=4, max_tokens=4), dict(latent=True, max_latents=0), dict(latent=True, max_latents=200),
+    dict(),
+    dict(max_tokens=3),
+    dict(latent=True, max_latents=30),
+    dict(latent=True, max_latents=30, top_k=3),
+    dict(latent=True, max_latents=4, max_tokens=4),
+    dict(latent=True, max_latents=0),
+    dict(latent=True, max_latents=200),
 ], ids=str)
 def test_batched_and_cached_equals_one_by_one(how):
-    """Rows of different length, which stop by themselves, meet a cap, or run out of positions, each at its own step."""
+    """Rows stop by themselves, meet a cap, or run out of positions, each at its own step."""
     caps = set()
     for seed in (0, 2, 3, 7):
         llm, x, length = speaker(seed)
@@ -57,33 +76,48 @@ def test_batched_and_cached_equals_one_by_one(how):
     assert caps == {False, True}  # both kinds of ending were there to compare
 
 
+def test_question_prompts_are_the_questions():
+    llm = tiny(1)
+    batch = random_batch([5, 0, 8, 1])
+    x, length = question_prompt(llm, batch, SimpleNamespace(device="cpu"))
+    for b, (X, _, _) in enumerate(rows(batch, 1)):
+        assert torch.equal(x[b, :length[b]], embed(llm, X))
+    assert x.size(1) == length.max()
+
+
 @pytest.mark.parametrize("c", [1, 2, 4])
 @pytest.mark.parametrize("top_k", [0, 3])
-@pytest.mark.parametrize("block_size", [22, 40])  # at 22 the batch is padded beyond the last position
+@pytest.mark.parametrize("block_size", [22, 40])  # at 22 padding goes beyond the last position
 def test_gold_prompts_are_the_summaries_of_the_chain(c, top_k, block_size):
-    encoder, llm, batch = tiny(0, block_size), tiny(1, block_size), random_batch([5, 0, 8, 1], nx=[3, 5, 7, 2])
+    encoder = tiny(0, block_size)
+    llm = tiny(1, block_size)
+    batch = random_batch([5, 0, 8, 1], question_lengths=[3, 5, 7, 2])
     env = SimpleNamespace(tokenizer=VOCAB, device="cpu")
     x, length = gold_prompt(llm, encoder, batch, env, c, top_k)
     out = decode(llm, VOCAB, x, length, max_tokens=10)
     for b, (X, S, _) in enumerate(rows(batch, c)):
-        z = [superpose(alpha.float(), llm.wte.weight, top_k)[None] for alpha in summaries(encoder, X, S)]
-        prompt = torch.cat([llm.wte(torch.tensor(X)), *z, llm.wte(torch.tensor([VOCAB.eot]))])
+        z = [superpose(alpha.float(), llm.wte.weight, top_k)[None]
+             for alpha in summaries(encoder, X, S)]
+        prompt = torch.cat([embed(llm, X), *z, embed(llm, [VOCAB.eot])])
         torch.testing.assert_close(x[b, :length[b]], prompt, rtol=0, atol=1e-6)  # α is float32
-        assert (out.tokens[b], 0, bool(out.capped[b])) == decode_one(llm, prompt, max_tokens=10)
+        expected = decode_one(llm, prompt, max_tokens=10)
+        assert (out.tokens[b], 0, bool(out.capped[b])) == expected
 
 
 def test_latent_steps_can_be_watched():
     llm, x, length = speaker(3)
-    seen, caught = torch.zeros(8, dtype=torch.int64), []
+    seen = torch.zeros(8, dtype=torch.int64)
+    steps = []
 
-    def watch(step, q, rows):
-        assert step == len(caught) and q.shape == (8, VOCAB.n_ordinary)
+    def on_latent(step, q, rows):
+        assert step == len(steps) and q.shape == (8, VOCAB.n_ordinary)
         torch.testing.assert_close(q.sum(1), torch.ones(8))
-        caught.append(step)
+        steps.append(step)
         seen.add_(rows)
 
-    out = decode(llm, VOCAB, x, length, latent=True, max_latents=30, watch=watch)
-    assert torch.equal(seen, out.latents) and len(set(seen.tolist())) > 1
+    out = decode(llm, VOCAB, x, length, latent=True, max_latents=30, on_latent=on_latent)
+    assert torch.equal(seen, out.latents)
+    assert len(set(seen.tolist())) > 1
 
 
 def test_decoding_encodes_nothing_again():
@@ -93,3 +127,56 @@ def test_decoding_encodes_nothing_again():
     llm.register_forward_pre_hook(lambda module, args: fed.append(args[0].size(1)))
     decode(llm, VOCAB, x, length, latent=True, max_latents=5, max_tokens=9)
     assert fed == [x.size(1)] + [1] * (5 + 9 - 1)
+
+
+# --------------------------------------------------------------------------------- scoring a split
+
+WRITTEN = {  # what the canned model says to each question; right, tokens before <eot>
+    "1 + 500?": ("<eot>#### 1.2.3", False, 0),
+    "1 + 1?": ("7<eot>#### 2", True, 1),
+    "1 + 20 + 300?": ("<eot>#### 32", False, 0),
+    "1 + 3?": ("77 8", True, 3),  # no <eot>: all of it is thought
+    "1 + 40?": ("<eot>#### many", False, 0),
+}
+ANSWERS = ["501", "2", "321", "8", "41"]
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 5])
+def test_a_split_is_scored(monkeypatch, toy_tokenizer, batch_size):
+    """Each row by its own answer, whatever the order of the batches; counts and means over all."""
+    t = toy_tokenizer
+    problems = Problems([{"question": question, "chain": "12 34 56", "answer": answer}
+                         for question, answer in zip(WRITTEN, ANSWERS)], t, block_size=64)
+
+    def canned(llm, tokenizer, x, length, latent, top_k, max_latents, max_tokens, on_latent):
+        tokens, latents = [], []
+        for question, n in zip(x.tolist(), length.tolist()):
+            text = WRITTEN[t.decode(question[:n - 1])][0]
+            before, eot, after = text.partition("<eot>")
+            tokens.append(t.encode(before) + [t.eot] * bool(eot) + t.encode(after))
+            latents.append(n)
+        return Decoded(tokens, torch.tensor(latents), torch.tensor(latents) > 7)
+
+    def prompt(batch):
+        questions = [p.question for p in batch.problems]
+        length = torch.tensor([len(question) for question in questions])
+        return pad(questions, int(length.max())), length
+
+    monkeypatch.setattr(decoding, "decode", canned)
+    env = SimpleNamespace(tokenizer=t, device="cpu", autocast=nullcontext)
+    lengths = [len(t.encode(question)) + 1 for question in WRITTEN]
+    steps = {
+        "text": [before for _, _, before in WRITTEN.values()],
+        "latent": lengths,
+        "gold": [-(-len(t.encode("12 34 56")) // 2)] * 5,
+    }
+    for thought in steps:
+        found = evaluate(None, problems, env, thought, (9, 9), chunk_size=2,
+                         batch_size=batch_size, prompt=prompt)
+        assert found["accuracy"] == 2 / 5 and found["unparseable"] == 2
+        assert found["capped"] == sum(n > 7 for n in lengths) > 0
+        assert found["steps"] == sum(steps[thought]) / 5
+        for row, (text, right, _) in enumerate(WRITTEN.values()):
+            assert found["answers"][row][:2] == (text, right)
+    few = evaluate(None, problems, env, "text", (9, 9), limit=2, batch_size=1, prompt=prompt)
+    assert sorted(few["answers"]) == [0, 1] and few["accuracy"] == 1 / 2

@@ -1,34 +1,58 @@
-"""One pass stands for many: layouts and masks against the plain loops they replace, and the superposition itself."""
+"""One pass in place of many: layouts and masks against the plain loops; superposition itself."""
 import numpy as np
 import pytest
 import torch
 
 from conftest import VOCAB, close, random_batch, rows, tiny
-from encoder import (chunks, encoder_layout, explicit_layout, induction_mask, keep_top, llm_layout, ordinary_softmax,
-                     place, summarize, superpose, superpose_sparse, supervision_mask)
+from encoder import (chunk_bags, count_chunks, draw_followed, encoder_batch, explicit_batch,
+                     induction_mask, insert_latents, latent_batch, llm_batch,
+                     local_supervision_mask, ordinary_softmax, summarize, superpose,
+                     superpose_sparse, supervision_mask, top_k_renormalized)
 
 SIZES = [1, 2, 3, 4]
-CHAINS = [7, 0, 4, 1, 8, 2]  # short last chunks, chains shorter than a chunk, no chain at all, in one batch
+CHAINS = [7, 0, 4, 1, 8, 2]  # short last chunks, less than a chunk, and no chain, in one batch
 
 
 def read(model, x):
-    """The last layer's hidden states of one row of vectors, in a plain causal pass."""
+    """The last layer's hidden states (T, C) of one row of vectors, in a plain causal pass."""
     return model(x[None])[0]
+
+
+def embed(model, tokens):
+    """One row of ids as vectors (T, C)."""
+    return model.wte(torch.tensor(tokens))
 
 
 def summaries(encoder, X, S):
     """α by the loop: for every chunk a separate pass over X S₀ … S_i <sum>."""
     for i in range(len(S)):
-        hidden = read(encoder, encoder.wte(torch.tensor(X + sum(S[:i + 1], []) + [VOCAB.sum])))
+        hidden = read(encoder, embed(encoder, X + sum(S[:i + 1], []) + [VOCAB.sum]))
         yield encoder.head(hidden[-1])[:VOCAB.n_ordinary].softmax(0)
 
 
-# ------------------------------------------------------------------------------------- one pass = many passes
+def some_followed(n):
+    """Which chunk is followed to the end in rows of n (B,) chunks: −1, the last, and in between."""
+    return np.full_like(n, -1), n - 1, n // 2 - 1, np.maximum(n - 2, -1)
+
+
+def continuation(llm, X, z, text):
+    """The hidden states that predict `text` behind X and z (k, C), by a pass for it alone."""
+    x = torch.cat([embed(llm, X), z, embed(llm, text)])
+    return read(llm, x)[-len(text) - 1:-1]
+
+
+def random_latents(seq):
+    """z float64 (B, N, C) for a layout of models made by `tiny`."""
+    return torch.randn(*seq.summary_index.shape, 16, dtype=torch.float64)
+
+
+# --------------------------------------------------------------------------- one pass = many passes
 
 @pytest.mark.parametrize("c", SIZES)
 def test_summaries_in_one_pass_equal_a_pass_for_each(c):
-    encoder, batch = tiny(0), random_batch(CHAINS)
-    alpha = summarize(encoder, encoder_layout(batch, c, VOCAB.sum), VOCAB.n_ordinary)
+    encoder = tiny(0)
+    batch = random_batch(CHAINS)
+    alpha = summarize(encoder, encoder_batch(batch, c, VOCAB.sum), VOCAB.n_ordinary)
     for b, (X, S, _) in enumerate(rows(batch, c)):
         for i, one in enumerate(summaries(encoder, X, S)):
             close(alpha[b, i], one.float(), 1e-7)  # α is float32 whatever the model
@@ -36,79 +60,122 @@ def test_summaries_in_one_pass_equal_a_pass_for_each(c):
 
 @pytest.mark.parametrize("c", SIZES)
 def test_text_is_computed_as_if_there_were_no_sum(c):
-    encoder, batch = tiny(0), random_batch(CHAINS)
-    enc = encoder_layout(batch, c, VOCAB.sum)
-    hidden = encoder(encoder.wte(enc.ids), enc.pos, induction_mask(enc.seg))
+    encoder = tiny(0)
+    batch = random_batch(CHAINS)
+    enc = encoder_batch(batch, c, VOCAB.sum)
+    hidden = encoder(encoder.wte(enc.ids), enc.pos, induction_mask(enc.segment))
     for b, (X, S, _) in enumerate(rows(batch, c)):
-        text = torch.tensor(X + sum(S, []))
-        close(hidden[b][enc.seg[b] == 0][:len(text)], read(encoder, encoder.wte(text)))
+        text = X + sum(S, [])
+        close(hidden[b][enc.segment[b] == 0][:len(text)], read(encoder, embed(encoder, text)))
 
 
 @pytest.mark.parametrize("c", SIZES)
 def test_continuations_in_one_pass_equal_a_pass_for_each(c):
-    """Every prediction of chunk i + 1 is that of a separate pass over X z₀ … z_i S_{i+1}; the answer is the last chunk."""
-    llm, batch = tiny(1), random_batch(CHAINS)
-    seq = llm_layout(batch, c)
-    N = seq.mark.size(1)
-    z = torch.randn(len(CHAINS), N, 16, dtype=torch.float64)
-    hidden = llm(place(llm.wte(seq.ids), z, seq.latent), seq.pos, supervision_mask(seq.seg), at=seq.at)
+    """Every prediction of chunk i + 1 is that of a separate pass over X z₀ … z_i S_{i+1}.
+
+    The answer is the last chunk.
+    """
+    llm = tiny(1)
+    batch = random_batch(CHAINS)
+    seq = llm_batch(batch, c)
+    z = random_latents(seq)
+    x = insert_latents(llm.wte(seq.ids), z, seq.latent)
+    hidden = llm(x, seq.pos, supervision_mask(seq.segment), index=seq.predict_index)
     for b, (X, S, answer) in enumerate(rows(batch, c)):
         parts = S[1:] + [answer]
         expected, targets, weights = [], [], []
         for i, part in enumerate(parts):
             seen = min(i + 1, len(S))  # without a chain the answer follows X
-            x = torch.cat([llm.wte(torch.tensor(X)), z[b, :seen], llm.wte(torch.tensor(part))])
-            expected.append(read(llm, x)[-len(part) - 1:-1])
+            expected.append(continuation(llm, X, z[b, :seen], part))
             targets += part
             weights += [1 / len(parts) / len(part)] * len(part)
-        real = seq.weight[b] > 0
+        real = seq.loss_weight[b] > 0
         close(hidden[b][real], torch.cat(expected))
         assert seq.target[b][real].tolist() == targets
-        close(seq.weight[b][real], torch.tensor(weights), 1e-7)
+        close(seq.loss_weight[b][real], torch.tensor(weights), 1e-7)
 
 
 @pytest.mark.parametrize("c", SIZES)
 def test_phase_3_is_plain_causal(c):
-    llm, batch = tiny(1), random_batch(CHAINS)
-    seq = llm_layout(batch, c, text=False)
-    N = seq.mark.size(1)
-    z = torch.randn(len(CHAINS), N, 16, dtype=torch.float64)
-    hidden = llm(place(llm.wte(seq.ids), z, seq.latent), seq.pos, at=torch.cat([seq.mark, seq.at], 1))
+    llm = tiny(1)
+    batch = random_batch(CHAINS)
+    seq = latent_batch(batch, c)
+    N = seq.summary_index.size(1)
+    z = random_latents(seq)
+    x = insert_latents(llm.wte(seq.ids), z, seq.latent)
+    hidden = llm(x, seq.pos, index=torch.cat([seq.summary_index, seq.predict_index], 1))
     for b, (X, S, answer) in enumerate(rows(batch, c)):
-        n, real = len(S), seq.weight[b] > 0
-        x = torch.cat([llm.wte(torch.tensor(X)), z[b, :n], llm.wte(torch.tensor(answer))])
-        expected = read(llm, x)[len(X) - 1:-1]  # where z₀ … z_{n-1} are predicted, then <eot> and the answer
+        n = len(S)
+        real = seq.loss_weight[b] > 0
+        one = torch.cat([embed(llm, X), z[b, :n], embed(llm, answer)])
+        expected = read(llm, one)[len(X) - 1:-1]  # where z₀ … z_{n-1}, then <eot> Ans are predicted
         close(torch.cat([hidden[b, :n], hidden[b, N:][real]]), expected)
-        assert seq.target[b][real].tolist() == answer and seq.n[b] == n
-        close(seq.weight[b].sum(), torch.tensor(1.0), 1e-6)
+        assert seq.target[b][real].tolist() == answer
+        assert seq.n[b] == n
+        close(seq.loss_weight[b].sum(), torch.tensor(1.0), 1e-6)
 
 
 def test_explicit_layout_is_the_text_itself():
     batch = random_batch(CHAINS)
-    seq = explicit_layout(batch)
+    seq = explicit_batch(batch)
     for b, (X, S, answer) in enumerate(rows(batch, 3)):
-        text, written = X + sum(S, []) + answer, sum(S, []) + answer
-        real = seq.weight[b] > 0
-        assert seq.ids[b, :len(text)].tolist() == text and seq.pos[b, :len(text)].tolist() == list(range(len(text)))
+        text = X + sum(S, []) + answer
+        written = sum(S, []) + answer
+        real = seq.loss_weight[b] > 0
+        assert seq.ids[b, :len(text)].tolist() == text
+        assert seq.pos[b, :len(text)].tolist() == list(range(len(text)))
         assert seq.target[b][real].tolist() == written
-        assert seq.at[b][real].tolist() == list(range(len(X) - 1, len(text) - 1))
-        close(seq.weight[b][real], torch.full((len(written),), 1 / len(written)), 1e-7)
+        assert seq.predict_index[b][real].tolist() == list(range(len(X) - 1, len(text) - 1))
+        close(seq.loss_weight[b][real], torch.full((len(written),), 1 / len(written)), 1e-7)
 
 
 @pytest.mark.parametrize("c", SIZES)
 def test_some_latents_then_the_rest_as_text(c):
-    """Whatever the cut, 0 … n: every prediction is that of a plain pass over X z_0 … z_{k-1} S_k … S_{n-1} Ans."""
-    llm, batch = tiny(1), random_batch(CHAINS)
-    n = chunks(batch.ns, c)
-    z = torch.randn(len(CHAINS), max(n), 16, dtype=torch.float64)
-    for cut in (np.zeros_like(n), n, n // 2, np.maximum(n - 1, 0)):
-        seq = explicit_layout(batch, c, cut)
-        hidden = llm(place(llm.wte(seq.ids), z, seq.latent), seq.pos, at=seq.at)
+    """Whatever the chunk k that is followed: a plain pass over X z₀ … z_k S_{k+1} … S_{n-1} Ans.
+
+    The other chunks are predicted as if it were not there.
+    """
+    llm = tiny(1)
+    batch = random_batch(CHAINS)
+    for follow in some_followed(count_chunks(np.array(CHAINS), c)):
+        seq = llm_batch(batch, c, follow)
+        z = random_latents(seq)
+        x = insert_latents(llm.wte(seq.ids), z, seq.latent)
+        hidden = llm(x, seq.pos, supervision_mask(seq.segment), index=seq.predict_index)
         for b, (X, S, answer) in enumerate(rows(batch, c)):
-            written, real = sum(S[cut[b]:], []) + answer, seq.weight[b] > 0
-            x = torch.cat([llm.wte(torch.tensor(X)), z[b, :cut[b]], llm.wte(torch.tensor(written))])
-            close(hidden[b][real], read(llm, x)[-len(written) - 1:-1])
-            assert seq.target[b][real].tolist() == written and seq.pos[b].max() == len(x) - 1
+            n, k = len(S), follow[b]
+            parts = S[1:] + [answer]
+            expected, targets, weights = [], [], []
+            if k == -1 and n:  # no chunk is read yet: the whole chain behind <bot>
+                targets += sum(S, []) + answer
+                expected.append(continuation(llm, X, z[b, :0], targets))
+                weights += [1 / len(targets)] * len(targets)
+            for i, part in enumerate(parts):
+                text = sum(parts[i:], []) if i == k else part
+                expected.append(continuation(llm, X, z[b, :min(i + 1, n)], text))
+                targets += text
+                sup = [1 / len(parts) / len(part)] * len(part)
+                if i == k:
+                    sup = [w + 1 / len(text) for w in sup + [0] * (len(text) - len(part))]
+                weights += sup
+            real = seq.loss_weight[b] > 0
+            close(hidden[b][real], torch.cat(expected))
+            assert seq.target[b][real].tolist() == targets
+            close(seq.loss_weight[b][real], torch.tensor(weights), 1e-7)
+            assert sum(weights) == pytest.approx(2 if n else 1)
+
+
+def test_the_chunk_to_follow_is_drawn_evenly_and_anew():
+    batch = random_batch([7, 0, 4] * 100)
+    drawn = np.array([draw_followed(batch, 2, seed=0, step=step) for step in range(50)])
+    for row, n in (0, 4), (1, 0), (2, 2):
+        values, counts = np.unique(drawn[:, row::3], return_counts=True)
+        assert values.tolist() == list(range(-1, n))
+        mean = 5000 / (n + 1)
+        assert (np.abs(counts - mean) < 5 * np.sqrt(mean)).all()
+    assert (drawn[3] == draw_followed(batch, 2, seed=0, step=3)).all()
+    assert (drawn[3] != draw_followed(batch, 2, seed=1, step=3)).any()
+    assert (drawn[3] != drawn[4]).any()
 
 
 @pytest.mark.parametrize("c", SIZES)
@@ -117,45 +184,82 @@ def test_no_position_is_beyond_the_longest_problem(c):
     for seed in range(20):
         rng = np.random.default_rng(seed)
         batch = random_batch(rng.integers(0, 9, 5), seed)
-        longest = (batch.nx + batch.ns + batch.na).max()
-        for seq in (encoder_layout(batch, c, VOCAB.sum), llm_layout(batch, c), llm_layout(batch, c, text=False),
-                    explicit_layout(batch)):
+        longest = sum(batch.bucket).max()
+        followed = [llm_batch(batch, c, k) for k in some_followed(count_chunks(batch.bucket[1], c))]
+        for seq in (encoder_batch(batch, c, VOCAB.sum), llm_batch(batch, c), latent_batch(batch, c),
+                    explicit_batch(batch), *followed):
             assert 0 <= seq.pos.min() and seq.pos.max() < longest
-            for at in (seq.at, seq.mark):
-                assert ((0 <= at) & (at < seq.ids.size(1))).all()
-            assert seq.ids.size(1) % 8 == 0  # few widths, so that a compiled model is compiled few times
+            for index in (seq.predict_index, seq.summary_index):
+                assert ((0 <= index) & (index < seq.ids.size(1))).all()
+            assert seq.ids.size(1) % 8 == 0  # few widths: a compiled model is compiled few times
 
 
-# ------------------------------------------------------------------------------------------------------ masks
+@pytest.mark.parametrize("c", [*SIZES, 50])
+def test_a_batch_is_padded_as_its_bucket_needs(c):
+    """Two rows of a batch, laid out alone, have the whole batch's widths and their own contents."""
+    whole = random_batch(CHAINS)
+    few = [5, 1]  # neither of them the longest
+    part = type(whole)(whole.rows[few], [whole.problems[b] for b in few], whole.bucket)
+    follow = count_chunks(whole.bucket[1], c) // 2 - 1
+    for of_part, of_whole in (
+            (explicit_batch(part), explicit_batch(whole)),
+            (latent_batch(part, c), latent_batch(whole, c)),
+            (llm_batch(part, c), llm_batch(whole, c)),
+            (llm_batch(part, c, follow[few]), llm_batch(whole, c, follow)),
+            (encoder_batch(part, c, VOCAB.sum), encoder_batch(whole, c, VOCAB.sum))):
+        assert all(torch.equal(a, b[few]) for a, b in zip(of_part, of_whole))
+    assert torch.equal(chunk_bags(part, c), chunk_bags(whole, c)[few])
+
+
+@pytest.mark.parametrize("c", [*SIZES, 50])
+def test_bags_hold_the_chunks(c):
+    """And there are as many of them as the encoder has summaries."""
+    for batch in (random_batch(CHAINS), random_batch([0, 0])):
+        bags = chunk_bags(batch, c)
+        assert bags.shape[:2] == encoder_batch(batch, c, VOCAB.sum).summary_index.shape
+        assert bags.size(2) == min(c, max(1, batch.bucket[1].max()))  # a long chunk costs nothing
+        for bag, (_, S, _) in zip(bags.tolist(), rows(batch, c)):
+            assert [[token for token in chunk if token >= 0] for chunk in bag[:len(S)]] == S
+            assert all(token == -1 for chunk in bag[len(S):] for token in chunk)
+
+
+# -------------------------------------------------------------------------------------------- masks
 
 @pytest.mark.parametrize("c", SIZES)
-def test_no_chunk_reads_the_text_of_another(c):
-    """Change one chunk's text: nothing outside it moves, by as much as a bit."""
-    llm, batch = tiny(1), random_batch([9, 5, 0])
-    seq = llm_layout(batch, c)
-    z = torch.randn(3, seq.mark.size(1), 16, dtype=torch.float64)
+@pytest.mark.parametrize("follow", [None, -1, 0, 1])
+def test_no_chunk_reads_the_text_of_another(c, follow):
+    """Change one text of the sequence: nothing outside it moves, by as much as a bit."""
+    llm = tiny(1)
+    n = count_chunks(9, c)
+    seq = llm_batch(random_batch([9, 5, 0]), c, follow if follow is None else [follow, 0, -1])
+    z = random_latents(seq)
 
     def run(ids):
-        return llm(place(llm.wte(ids), z, seq.latent), seq.pos, supervision_mask(seq.seg))
+        x = insert_latents(llm.wte(ids), z, seq.latent)
+        return llm(x, seq.pos, supervision_mask(seq.segment))
 
     before = run(seq.ids)
-    for chunk in range(1, chunks(9, c)):
-        own = seq.seg == chunk
-        own[1:] = False  # of the first row, of nine tokens
+    texts = set(seq.segment[0].tolist()) - {0}  # of the first row, of nine tokens
+    assert len(texts) == n + (follow == -1)
+    for text in texts:
+        own = seq.segment == text
+        own[1:] = False
         after = run(torch.where(own, (seq.ids + 1) % VOCAB.n_ordinary, seq.ids))
         assert torch.equal(before[~own], after[~own])
         assert (before[own] != after[own]).any(1).all()
 
 
 def test_a_latent_reaches_all_that_follows_it():
-    llm, batch, c = tiny(1), random_batch([8]), 2
-    seq = llm_layout(batch, c)
+    llm = tiny(1)
+    seq = llm_batch(random_batch([8]), 2)
     z = torch.randn(1, 4, 16, dtype=torch.float64)
 
     def run(z):
-        return llm(place(llm.wte(seq.ids), z, seq.latent), seq.pos, supervision_mask(seq.seg))
+        x = insert_latents(llm.wte(seq.ids), z, seq.latent)
+        return llm(x, seq.pos, supervision_mask(seq.segment))
 
-    before, real = run(z), seq.pos[0] > 0
+    before = run(z)
+    real = seq.pos[0] > 0
     for i in range(4):
         other = z.clone()
         other[0, i] += 1
@@ -165,30 +269,33 @@ def test_a_latent_reaches_all_that_follows_it():
 
 
 def test_a_sum_is_seen_by_itself_alone():
-    encoder, batch = tiny(0), random_batch([8, 3])
-    enc = encoder_layout(batch, 2, VOCAB.sum)
-    before = encoder(encoder.wte(enc.ids), enc.pos, induction_mask(enc.seg))
-    for mark in enc.mark[0]:
+    encoder = tiny(0)
+    enc = encoder_batch(random_batch([8, 3]), 2, VOCAB.sum)
+    mask = induction_mask(enc.segment)
+    before = encoder(encoder.wte(enc.ids), enc.pos, mask)
+    for slot in enc.summary_index[0]:
         ids = enc.ids.clone()
-        ids[0, mark] = 3
-        moved = (encoder(encoder.wte(ids), enc.pos, induction_mask(enc.seg)) != before).any(2)
-        assert moved.nonzero().tolist() == [[0, mark]]
+        ids[0, slot] = 3
+        moved = (encoder(encoder.wte(ids), enc.pos, mask) != before).any(2)
+        assert moved.nonzero().tolist() == [[0, slot]]
 
 
 def test_masks_as_they_are_drawn():
     def mask(picture):
-        return torch.tensor([[x == "■" for x in row.split()] for row in picture.strip().splitlines()])
+        lines = picture.strip().splitlines()
+        return torch.tensor([[mark == "■" for mark in line.split()] for line in lines])
 
-    enc = torch.tensor([[0, 0, -1, 0, 0, -1]])
-    assert torch.equal(induction_mask(enc)[0], mask("""
+    segment = torch.tensor([[0, 0, -1, 0, 0, -1]])
+    assert torch.equal(induction_mask(segment)[0], mask("""
         ■ · · · · ·
         ■ ■ · · · ·
         ■ ■ ■ · · ·
         ■ ■ · ■ · ·
         ■ ■ · ■ ■ ·
         ■ ■ · ■ ■ ■"""))
-    seg, latent = torch.tensor([[0, 0, 1, 1, 0, 2, 0, 3]]), torch.tensor([[0, 1, 0, 0, 2, 0, 3, 0]])
-    assert torch.equal(supervision_mask(seg)[0], mask("""
+    segment = torch.tensor([[0, 0, 1, 1, 0, 2, 0, 3]])
+    latent = torch.tensor([[0, 1, 0, 0, 2, 0, 3, 0]])
+    assert torch.equal(supervision_mask(segment)[0], mask("""
         ■ · · · · · · ·
         ■ ■ · · · · · ·
         ■ ■ ■ · · · · ·
@@ -197,7 +304,8 @@ def test_masks_as_they_are_drawn():
         ■ ■ · · ■ ■ · ·
         ■ ■ · · ■ · ■ ·
         ■ ■ · · ■ · ■ ■"""))
-    assert torch.equal(supervision_mask(seg, latent)[0], mask("""
+    # --local: a chunk sees its z and itself; z and the answer see what they always see
+    assert torch.equal(local_supervision_mask(segment, latent)[0], mask("""
         ■ · · · · · · ·
         ■ ■ · · · · · ·
         · ■ ■ · · · · ·
@@ -205,30 +313,44 @@ def test_masks_as_they_are_drawn():
         ■ ■ · · ■ · · ·
         · · · · ■ ■ · ·
         ■ ■ · · ■ · ■ ·
-        ■ ■ · · ■ · ■ ■"""))  # --local: a chunk sees its z and itself; z and the answer see what they always see
+        ■ ■ · · ■ · ■ ■"""))
+    # a text that is followed to the end, behind z₀, sees the same under both masks
+    segment = torch.tensor([[0, 0, 4, 4, 0, 2, 0, 3]])
+    assert torch.equal(local_supervision_mask(segment, latent)[0], mask("""
+        ■ · · · · · · ·
+        ■ ■ · · · · · ·
+        ■ ■ ■ · · · · ·
+        ■ ■ ■ ■ · · · ·
+        ■ ■ · · ■ · · ·
+        · · · · ■ ■ · ·
+        ■ ■ · · ■ · ■ ·
+        ■ ■ · · ■ · ■ ■"""))
 
 
-# ---------------------------------------------------------------------------------------------- superposition
+# ------------------------------------------------------------------------------------ superposition
 
 def test_one_hot_alpha_is_the_token_embedding():
-    E, v = torch.randn(VOCAB.n_vocab, 16), torch.arange(VOCAB.n_ordinary)
+    E = torch.randn(VOCAB.n_vocab, 16)
+    v = torch.arange(VOCAB.n_ordinary)
     alpha = torch.eye(VOCAB.n_ordinary)[None]
+    ones = torch.ones(1, VOCAB.n_ordinary, 1)
     for z in (superpose(alpha, E), superpose(alpha, E, 1), superpose(alpha, E, 5),
-              superpose_sparse(torch.ones(1, VOCAB.n_ordinary, 1), v[None, :, None], E)):
+              superpose_sparse(ones, v[None, :, None], E)):
         assert torch.equal(z[0], E[v])
 
 
 def test_sparse_superposition_equals_dense():
-    E, alpha = torch.randn(VOCAB.n_vocab, 16).double(), torch.rand(2, 3, VOCAB.n_ordinary).double().softmax(2)
+    E = torch.randn(VOCAB.n_vocab, 16).double()
+    alpha = torch.rand(2, 3, VOCAB.n_ordinary).double().softmax(2)
     dense = torch.einsum("bnv,vc->bnc", alpha, E[:VOCAB.n_ordinary])
     close(superpose(alpha, E), dense)
     close(superpose(alpha, E, VOCAB.n_ordinary), dense)
     close(superpose(alpha, E, 1000), dense)  # more than there are: all of them
     top = torch.where(alpha >= alpha.topk(4, 2).values[..., -1:], alpha, 0)
     close(superpose(alpha, E, 4), superpose(top / top.sum(2, keepdim=True), E))
-    values, where = keep_top(alpha, 4)
+    values, ids = top_k_renormalized(alpha, 4)
     close(values.sum(2), torch.ones(2, 3, dtype=torch.float64))
-    assert torch.equal(where, alpha.topk(4, 2).indices)
+    assert torch.equal(ids, alpha.topk(4, 2).indices)
 
 
 def test_special_and_padded_ids_get_no_mass():
@@ -238,12 +360,16 @@ def test_special_and_padded_ids_get_no_mass():
     close(alpha, torch.full((VOCAB.n_ordinary,), 1 / VOCAB.n_ordinary), 1e-7)
     E = torch.randn(VOCAB.n_vocab, 16)
     E[VOCAB.n_ordinary:] = float("nan")  # nor may their embeddings be touched
-    assert superpose(alpha[None], E).isfinite().all() and superpose(alpha[None], E, 7).isfinite().all()
+    assert superpose(alpha[None], E).isfinite().all()
+    assert superpose(alpha[None], E, 7).isfinite().all()
 
 
-def test_place_puts_each_latent_where_it_stands():
-    x, z = torch.randn(2, 6, 3), torch.randn(2, 2, 3)
+def test_each_latent_is_inserted_where_it_stands():
+    x = torch.randn(2, 6, 3)
+    z = torch.randn(2, 2, 3)
     latent = torch.tensor([[0, 1, 0, 2, 0, 0], [0, 0, 0, 0, 1, 0]])
     expected = x.clone()
-    expected[0, 1], expected[0, 3], expected[1, 4] = z[0, 0], z[0, 1], z[1, 0]
-    assert torch.equal(place(x, z, latent), expected)
+    expected[0, 1] = z[0, 0]
+    expected[0, 3] = z[0, 1]
+    expected[1, 4] = z[1, 0]
+    assert torch.equal(insert_latents(x, z, latent), expected)

@@ -19,10 +19,12 @@ def ids(B, T, seed=0):
 
 
 def test_nothing_sees_the_future():
-    gpt, a = tiny(0), ids(2, 9)
+    gpt = tiny(0)
+    a = ids(2, 9)
     b = a.clone()
     b[:, 5] += 1 - 2 * (b[:, 5] > 0).long()
-    before, after = gpt(gpt.wte(a)), gpt(gpt.wte(b))
+    before = gpt(gpt.wte(a))
+    after = gpt(gpt.wte(b))
     assert torch.equal(before[:, :5], after[:, :5])
     assert (before[:, 5:] != after[:, 5:]).any(2).all()
 
@@ -42,25 +44,32 @@ def test_a_full_cache_says_so():
         gpt(gpt.wte(ids(1, 4)), cache=KVCache(gpt.config, 1, 3, dtype=torch.float64))
 
 
-@pytest.mark.parametrize("mask", [None, (9, 9), (1, 9, 9), (2, 9, 9)])
+@pytest.mark.parametrize("shape", [None, (9, 9), (1, 9, 9), (2, 9, 9)])
 @pytest.mark.parametrize("n_layer", [1, 3])
-def test_hidden_states_only_where_asked_for(mask, n_layer):
-    gpt, at = tiny(0, n_layer=n_layer), torch.tensor([[7, 0, 3], [2, 2, 8]])
+def test_hidden_states_only_where_asked_for(shape, n_layer):
+    gpt = tiny(0, n_layer=n_layer)
+    index = torch.tensor([[7, 0, 3], [2, 2, 8]])
+    row = torch.arange(2)[:, None]
     x = gpt.wte(ids(2, 9))
-    mask = mask and (torch.rand(mask, generator=torch.Generator().manual_seed(1)) < 0.5) | torch.eye(9, dtype=torch.bool)
-    close(gpt(x, mask=mask, at=at), gpt(x, mask=mask)[torch.arange(2)[:, None], at])
+    mask = None
+    if shape:
+        mask = torch.rand(shape, generator=torch.Generator().manual_seed(1)) < 0.5
+        mask |= torch.eye(9, dtype=torch.bool)
+    close(gpt(x, mask=mask, index=index), gpt(x, mask=mask)[row, index])
     found = []
-    for where in {}, {"at": at}:
+    for where in {}, {"index": index}:
         cache = KVCache(gpt.config, 2, 11, dtype=torch.float64)
         gpt(x[:, :2], cache=cache)
         found.append(gpt(x, cache=cache, **where))
-    close(found[1], found[0][torch.arange(2)[:, None], at])
+    close(found[1], found[0][row, index])
 
 
 def test_slot_position_and_mask_are_independent():
-    """Tokens stored in another order, each with its own position and seeing the same ones, come out the same."""
-    gpt, T = tiny(0), 8
-    x, order = gpt.wte(ids(2, T)), torch.randperm(T, generator=torch.Generator().manual_seed(1))
+    """Tokens stored in another order, with their own positions and sights, come out the same."""
+    gpt = tiny(0)
+    T = 8
+    x = gpt.wte(ids(2, T))
+    order = torch.randperm(T, generator=torch.Generator().manual_seed(1))
     mask = torch.ones(T, T, dtype=torch.bool).tril()
     out = gpt(x[:, order], order, mask[order][:, order])
     close(out, gpt(x)[:, order])
@@ -71,26 +80,35 @@ def test_heads_must_divide_channels():
         GPTConfig(20, n_embd=16, n_head=3)
 
 
-# ---------------------------------------------------------------------------------------------------- GPT-2
+# -------------------------------------------------------------------------------------------- GPT-2
 
 def gpt2_state(prefix, n_layer=2, C=8, V=11, T=1024):
-    """Random weights under the names, and in the shapes, of OpenAI's file: linear maps are (in, out), masks included."""
+    """Random weights under the names, and in the shapes, of OpenAI's file.
+
+    Its linear maps are (in, out), and the causal masks (attn.bias) are in it.
+    """
     shapes = {"wte.weight": (V, C), "wpe.weight": (T, C), "ln_f.weight": (C,), "ln_f.bias": (C,)}
+    block = {
+        "ln_1.weight": (C,), "ln_1.bias": (C,), "ln_2.weight": (C,), "ln_2.bias": (C,),
+        "attn.bias": (1, 1, 6, 6),
+        "attn.c_attn.weight": (C, 3 * C), "attn.c_attn.bias": (3 * C,),
+        "attn.c_proj.weight": (C, C), "attn.c_proj.bias": (C,),
+        "mlp.c_fc.weight": (C, 4 * C), "mlp.c_fc.bias": (4 * C,),
+        "mlp.c_proj.weight": (4 * C, C), "mlp.c_proj.bias": (C,),
+    }
     for i in range(n_layer):
-        shapes.update({f"h.{i}.{name}": shape for name, shape in {
-            "ln_1.weight": (C,), "ln_1.bias": (C,), "ln_2.weight": (C,), "ln_2.bias": (C,), "attn.bias": (1, 1, 6, 6),
-            "attn.c_attn.weight": (C, 3 * C), "attn.c_attn.bias": (3 * C,), "attn.c_proj.weight": (C, C),
-            "attn.c_proj.bias": (C,), "mlp.c_fc.weight": (C, 4 * C), "mlp.c_fc.bias": (4 * C,),
-            "mlp.c_proj.weight": (4 * C, C), "mlp.c_proj.bias": (C,)}.items()})
+        shapes.update({f"h.{i}.{name}": shape for name, shape in block.items()})
     g = torch.Generator().manual_seed(0)
-    return {prefix + k: torch.randn(s, generator=g, dtype=torch.float64) for k, s in shapes.items()}
+    return {prefix + name: torch.randn(shape, generator=g, dtype=torch.float64)
+            for name, shape in shapes.items()}
 
 
 def gpt2_by_hand(w, ids, n_head=2):
-    """GPT-2's logits for one row of ids, written out from its own weights, a head and a position at a time."""
+    """GPT-2's logits for one row of ids, from its own weights, a head and a position at a time."""
     def norm(x, name):
         x = x - x.mean(1, keepdim=True)
-        return x / (x.pow(2).mean(1, keepdim=True) + 1e-5).sqrt() * w[name + ".weight"] + w[name + ".bias"]
+        x = x / (x.pow(2).mean(1, keepdim=True) + 1e-5).sqrt()
+        return x * w[name + ".weight"] + w[name + ".bias"]
 
     def linear(x, name):
         return x @ w[name + ".weight"] + w[name + ".bias"]
@@ -102,11 +120,13 @@ def gpt2_by_hand(w, ids, n_head=2):
     C = x.size(1)
     D = C // n_head
     for i in range(2):
-        qkv, y = linear(norm(x, f"h.{i}.ln_1"), f"h.{i}.attn.c_attn"), torch.zeros_like(x)
+        qkv = linear(norm(x, f"h.{i}.ln_1"), f"h.{i}.attn.c_attn")  # (T, 3 * C)
+        y = torch.zeros_like(x)                                    # (T, C)
         for head in range(n_head):
             q, k, v = (qkv[:, part * C + head * D:][:, :D] for part in range(3))
             for t in range(len(ids)):
-                y[t, head * D:(head + 1) * D] = (k[:t + 1] @ q[t] / math.sqrt(D)).softmax(0) @ v[:t + 1]
+                weights = (k[:t + 1] @ q[t] / math.sqrt(D)).softmax(0)  # (t + 1,)
+                y[t, head * D:(head + 1) * D] = weights @ v[:t + 1]
         x = x + linear(y, f"h.{i}.attn.c_proj")
         x = x + linear(gelu(linear(norm(x, f"h.{i}.ln_2"), f"h.{i}.mlp.c_fc")), f"h.{i}.mlp.c_proj")
     return norm(x, "ln_f") @ w["wte.weight"].t()
@@ -119,7 +139,8 @@ def small_gpt2(monkeypatch):
 
 @pytest.mark.parametrize("prefix", ["", "transformer."])
 def test_gpt2_weights_give_gpt2_logits(small_gpt2, prefix):
-    w = {k: v.float().double() for k, v in gpt2_state("").items()}  # as a model of float32 holds them
+    # as a model of float32 holds them
+    w = {name: value.float().double() for name, value in gpt2_state("").items()}
     gpt = GPT.from_gpt2("gpt2", vocab_size=16, state=gpt2_state(prefix)).double()
     row = [3, 10, 0, 7, 7, 1]
     logits = gpt.head(gpt(gpt.wte(torch.tensor([row]))))[0]
@@ -129,7 +150,8 @@ def test_gpt2_weights_give_gpt2_logits(small_gpt2, prefix):
 
 @pytest.mark.parametrize("change, complaint", [
     (lambda w: w.pop("h.1.mlp.c_fc.bias"), "no tensor 'h.1.mlp.c_fc.bias'"),
-    (lambda w: w.update({"h.0.attn.c_attn.weight": torch.zeros(8, 23)}), r"'h.0.attn.c_attn.weight' as \(23, 8\)"),
+    (lambda w: w.update({"h.0.attn.c_attn.weight": torch.zeros(8, 23)}),
+     r"'h.0.attn.c_attn.weight' as \(23, 8\)"),
     (lambda w: w.update({"wte.weight": torch.zeros(11, 7)}), "'wte.weight'"),
     (lambda w: w.pop("wpe.weight"), "no tensor 'wpe.weight'"),
     (lambda w: w.update({"wpe.weight": torch.zeros(512, 8)}), r"'wpe.weight' as \(512, 8\)"),
@@ -143,7 +165,7 @@ def test_gpt2_weights_that_do_not_fit(small_gpt2, change, complaint):
 
 @pytest.fixture
 def hub(monkeypatch, tmp_path):
-    """A hub of small files: hub("gpt2-xl", content, note) publishes them; where torch keeps what it downloads."""
+    """hub("gpt2-xl", content, note) publishes a small file; hub.cache is where torch keeps it."""
     monkeypatch.setattr(model, "GPT2_URL", tmp_path.as_uri() + "/resolve/{}.bin")
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "cache"))
     for name in "resolve", "raw":
@@ -157,7 +179,8 @@ def hub(monkeypatch, tmp_path):
 
 
 def init(name):
-    return train_sup.initial_model(SimpleNamespace(init=name), SimpleNamespace(tokenizer=SimpleNamespace(name="gpt2", n_vocab=16)))
+    env = SimpleNamespace(tokenizer=SimpleNamespace(name="gpt2", n_vocab=16))
+    return train_sup.initial_model(SimpleNamespace(init=name), env)
 
 
 @pytest.mark.parametrize("name, content, note, says", [
@@ -167,7 +190,7 @@ def init(name):
     ("gpt2-large", None, None, "gpt2-large.bin"),
 ])
 def test_gpt2_weights_that_do_not_come(hub, name, content, note, says):
-    """Through torch's own downloader: another file than the published one is refused, and nothing of it is kept."""
+    """Through torch's downloader: another file than the published one is refused, and not kept."""
     if content:
         hub(name, content, note)
     with pytest.raises(UserError, match=f"--init {name}: .*{says}"):
@@ -176,13 +199,16 @@ def test_gpt2_weights_that_do_not_come(hub, name, content, note, says):
 
 
 def test_gpt2_weights_come_once(hub, monkeypatch):
-    """Downloaded, checked against what the hub says of them, and from then on read from torch's cache."""
+    """Downloaded, checked against what the hub says of them, and then read from torch's cache."""
     file = io.BytesIO()
-    torch.save({k: v.float() for k, v in gpt2_state("").items()}, file)
-    hub("gpt2-medium", file.getvalue(), b"version 1\noid sha256:" + hashlib.sha256(file.getvalue()).hexdigest().encode() + b"\nsize 7\n")
+    torch.save({name: value.float() for name, value in gpt2_state("").items()}, file)
+    sha256 = hashlib.sha256(file.getvalue()).hexdigest()
+    note = f"version 1\noid sha256:{sha256}\nsize 7\n"
+    hub("gpt2-medium", file.getvalue(), note.encode())
     monkeypatch.setitem(model.GPT2, "gpt2-medium", (2, 2, 8))
     first = model.gpt2_weights("gpt2-medium")
     hub("gpt2-medium", b"gone", b"gone")
-    assert all(torch.equal(first[k], v) for k, v in model.gpt2_weights("gpt2-medium").items())
+    again = model.gpt2_weights("gpt2-medium")
+    assert all(torch.equal(first[name], value) for name, value in again.items())
     assert [f.name for f in hub.cache.iterdir()] == ["openai-gpt2-medium.bin"]
     assert GPT.from_gpt2("gpt2-medium", 16).config.gelu == "tanh"

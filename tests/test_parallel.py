@@ -19,40 +19,56 @@ import train_latent
 import train_sup
 from conftest import ROOT
 
-TINY = ["--n-layer", "1", "--n-embd", "16", "--n-head", "2", "--batch-size", "8", "--lr", "1e-3", "--sft-steps", "4",
-        "--steps", "4", "--eval-every", "2"]
+TINY = ["--n-layer", "1", "--n-embd", "16", "--n-head", "2", "--batch-size", "8", "--lr", "1e-3",
+        "--sft-steps", "4", "--steps", "4", "--eval-every", "2"]
 FEW = {"train": 64, "val": 8, "test": 8}
-START = f"""import common, data, sys, train_latent, train_sup
+START = f"""
+import common, data, sys, train_latent, train_sup
+
+def main():
+    for phase, flags in zip(sys.argv[1::2], sys.argv[2::2]):
+        {{"sup": train_sup, "latent": train_latent}}[phase].main(flags.split())
+
 data.TOY_SIZE.update({FEW})
-common.start(lambda: [{{"sup": train_sup, "latent": train_latent}}[phase].main(flags.split()) for phase, flags in
-                      zip(sys.argv[1::2], sys.argv[2::2])])"""
+common.start(main)
+"""
 
 
-def processes(world, *phases, cwd, until=None):
-    """Start `world` processes that run these phases, 'sup' or 'latent' and its flags; wait: [(exit status, output)].
-
-    until: a log; once there is something in it, every process gets what Ctrl-C sends.
-    """
+def spawn(world, phases, cwd):
+    """Start `world` processes that run these phases: 'sup' or 'latent', then its flags."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = str(s.getsockname()[1])
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONUTF8": "1", "WORLD_SIZE": str(world),
-           "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    started = [subprocess.Popen([sys.executable, "-c", START, *phases], cwd=cwd, text=True, stdout=subprocess.PIPE,
-                                stderr=subprocess.STDOUT, env={**env, "RANK": str(r), "LOCAL_RANK": str(r)})
-               for r in range(world)]
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONUTF8": "1",
+           "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    return [subprocess.Popen([sys.executable, "-c", START, *phases], cwd=cwd, text=True,
+                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                             env={**env, "RANK": str(rank), "LOCAL_RANK": str(rank)})
+            for rank in range(world)]
+
+
+def processes(world, *phases, cwd, until=None):
+    """Run these phases in `world` processes: [(exit status, output)].
+
+    until: a log; once there is something in it, every process gets what Ctrl-C sends.
+    """
+    started = spawn(world, phases, cwd)
     try:
-        while until and not (until.is_file() and until.stat().st_size) and all(p.poll() is None for p in started):
+        while until and all(p.poll() is None for p in started):
+            if until.is_file() and until.stat().st_size:
+                break
             time.sleep(0.1)
         for p in started if until else ():
             p.send_signal(signal.SIGINT)
-        return [(p.returncode, said) for p in started for said in [p.communicate(timeout=300)[0]]]
+        said = [p.communicate(timeout=300)[0] for p in started]
+        return [(p.returncode, output) for p, output in zip(started, said)]
     finally:
         for p in started:
             p.kill()
 
 
 def curve(file):
+    """What a log says of every update, without its number."""
     rows = [json.loads(row) for row in file.read_text("utf-8").splitlines()]
     return [[v for k, v in sorted(row.items()) if k != "step"] for row in rows if "loss" in row]
 
@@ -66,33 +82,107 @@ def test_two_processes_learn_what_one_does(tmp_path, monkeypatch):
     latent = "--steps 4 --batch-size 8 --lr 1e-3 --out "
     train_latent.main([*latent.split(), "one"])
 
-    ended = processes(2, "sup", " ".join([*TINY, "--out", "two_sup"]), "latent", latent + "two", cwd=tmp_path)
+    sup = " ".join([*TINY, "--out", "two_sup"])
+    ended = processes(2, "sup", sup, "latent", latent + "two", cwd=tmp_path)
     assert [status for status, _ in ended] == [0, 0], ended[0][1] + ended[1][1]
-    assert "validation" in ended[0][1] and "validation" not in ended[1][1]  # the first process says and writes it all
+    # the first process says and writes it all
+    assert "validation" in ended[0][1] and "validation" not in ended[1][1]
     for name, folder in ("sft", "two_sup"), ("sup", "two_sup"), ("latent", "two"):
-        one, two = (curve(tmp_path / where / f"{name}.jsonl") for where in ("one", folder))
+        one = curve(tmp_path / "one" / f"{name}.jsonl")
+        two = curve(tmp_path / folder / f"{name}.jsonl")
         assert len(one) == 4
         np.testing.assert_allclose(two, one, rtol=1e-4, err_msg=name)
-    for name in "sft", "sup":
-        a, b = (common.load_checkpoint(tmp_path / where / f"{name}.pt")["models"] for where in ("one", "two_sup"))
-        for model in a:
-            for key in a[model]:
-                np.testing.assert_allclose(b[model][key], a[model][key], atol=1e-4, err_msg=f"{name} {model} {key}")
+    for name, folder in ("sft", "two_sup"), ("sup", "two_sup"), ("latent", "two"):
+        one = common.load_checkpoint(tmp_path / "one" / f"{name}.pt")["models"]
+        two = common.load_checkpoint(tmp_path / folder / f"{name}.pt")["models"]
+        for model in one:
+            for key, weight in one[model].items():
+                np.testing.assert_allclose(two[model][key], weight, atol=1e-4,
+                                           err_msg=f"{name} {model} {key}")
 
 
 def test_ctrl_c_stops_all_processes_after_the_same_update(tmp_path):
     flags = " ".join([*TINY, "--sft-steps", "100000", "--eval-every", "100000", "--out", "run"])
     ended = processes(2, "sup", flags, cwd=tmp_path, until=tmp_path / "run" / "sft.jsonl")
-    said = [re.search(r"stopped after (\d+) of 100000 updates of sft and saved", output) for _, output in ended]
-    assert [status for status, _ in ended] == [1, 1] and said[0] and said[0][0] == said[1][0], ended
+    sentence = r"stopped after (\d+) of 100000 updates of sft and saved"
+    said = [re.search(sentence, output) for _, output in ended]
+    assert [status for status, _ in ended] == [1, 1], ended
+    assert said[0] and said[1] and said[0][0] == said[1][0], ended
     assert "Traceback" not in ended[0][1] + ended[1][1]
-    assert common.load_checkpoint(tmp_path / "run" / "sft.state.pt")["step"] == int(said[0][1]) > 0
+    state = common.load_checkpoint(tmp_path / "run" / "sft.state.pt")
+    assert state["step"] == int(said[0][1]) > 0
 
 
-@pytest.mark.parametrize("phase", ["sup", "compress"])
-def test_what_cannot_be_shared_out_is_said_in_one_sentence(phase, monkeypatch, tmp_path):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setattr(common.dist, "init_process_group", lambda *_: pytest.fail("refuse before waiting for others"))
-    monkeypatch.setattr(common, "load_checkpoint", lambda path: {"config": dict.fromkeys(common.INHERITED)})
-    with pytest.raises(data.UserError, match="--batch-size 7 .*2 processes" if phase == "sup" else "one process"):
-        common.setup(common.parser("", phase), phase, ["--batch-size", "7", "--device", "cpu", "--out", str(tmp_path)])
+# ---------------------------------------------------- what torchrun says, or somebody in its place
+
+TWO = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+
+
+@pytest.fixture
+def environment(monkeypatch):
+    """environment(RANK=…): of torchrun's variables these alone; to wait for others is to fail."""
+    def no_waiting(*_):
+        pytest.fail("refuse before waiting for other processes")
+
+    def only(**values):
+        for name in VARIABLES:
+            monkeypatch.delenv(name, raising=False)
+        for name, value in values.items():
+            monkeypatch.setenv(name, value)
+
+    monkeypatch.setattr(common.dist, "init_process_group", no_waiting)
+    return only
+
+
+@pytest.mark.parametrize("phase, says", [
+    ("sup", "--batch-size 7 .*2 processes"),
+    ("compress", "one process"),
+])
+def test_what_cannot_be_shared_out_is_said_in_one_sentence(
+        phase, says, environment, monkeypatch, tmp_path):
+    environment(**TWO)
+    parent = {"config": dict.fromkeys(common.INHERITED)}
+    monkeypatch.setattr(common, "load_checkpoint", lambda path: parent)
+    flags = ["--batch-size", "7", "--device", "cpu", "--out", str(tmp_path)]
+    with pytest.raises(data.UserError, match=says):
+        common.setup(common.parser("", phase), phase, flags)
+
+
+@pytest.mark.parametrize("wrong, says", [
+    (dict(RANK="first"), "RANK, .*whole numbers.*'first'"),
+    (dict(RANK="0.5"), "whole numbers.*'0.5'"),
+    (dict(RANK=""), "whole numbers"),
+    (dict(WORLD_SIZE="two"), "whole numbers.*'two'"),
+    (dict(LOCAL_RANK="gpu0"), "whole numbers.*'gpu0'"),
+    (dict(LOCAL_RANK="-1"), "cannot be"),
+    (dict(RANK="-1"), "RANK -1 of WORLD_SIZE 2 cannot be"),
+    (dict(RANK="2"), "RANK 2 of WORLD_SIZE 2 cannot be"),
+    (dict(WORLD_SIZE="0"), "RANK 0 of WORLD_SIZE 0 cannot be"),
+    (dict(RANK=None), "RANK is not set; start .*torchrun"),
+    (dict(MASTER_ADDR=None), "MASTER_ADDR is not set; start .*torchrun"),
+    (dict(MASTER_PORT=None), "MASTER_PORT is not set; start .*torchrun"),
+], ids=str)
+def test_variables_that_cannot_be_are_said_in_one_sentence(wrong, says, environment, tmp_path):
+    environment(**{name: value for name, value in {**TWO, **wrong}.items() if value is not None})
+    with pytest.raises(data.UserError, match=says) as stop:
+        train_sup.main([*TINY, "--out", str(tmp_path / "run")])
+    assert "\n" not in str(stop.value)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("variables, says", [
+    (dict(RANK="first"), "RANK"),
+    (dict(RANK="1", WORLD_SIZE="2"), "MASTER_ADDR is not set"),
+    (dict(TWO, MASTER_PORT="a door"), "MASTER_PORT"),
+], ids=str)
+def test_and_a_script_ends_on_that_sentence(variables, says, tmp_path):
+    """The same as the reader meets it: exit status 1, the sentence on stderr, no traceback."""
+    env = {name: value for name, value in os.environ.items() if name not in VARIABLES}
+    env.update(variables, OMP_NUM_THREADS="1")
+    command = [sys.executable, str(ROOT / "train_sup.py"), *TINY]
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True,
+                          timeout=120)
+    assert done.returncode == 1 and says in done.stderr, done.stderr
+    assert "Traceback" not in done.stderr, done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1, done.stderr

@@ -1,0 +1,170 @@
+"""Greedy decoding, as text and in latent tokens, batched on one KV cache; and scoring a split with it.
+
+A row thinks in latents, or writes text, until it says <eot>; then it writes its answer as text. Rows of
+different length run together: each changes from latents to text by itself, and nothing is read twice.
+"""
+import time
+from functools import partial
+from typing import NamedTuple
+
+import torch
+
+from data import to_number
+from encoder import (count_chunks, encoder_batch, insert_latents, latent_batch,
+                     ordinary_softmax, pad, summarize, superpose)
+from model import KVCache
+
+
+class Decoded(NamedTuple):
+    tokens: list           # of each row, the ids written, special ones too, up to <|endoftext|>
+    latents: torch.Tensor  # int64 (B,) latent steps taken
+    capped: torch.Tensor   # bool (B,) stopped by a cap: of latents, of tokens, or of positions
+
+
+class RowState:
+    """Where each row of the batch stands: thinking in latents, writing text, or done."""
+
+    def __init__(self, B, latent, device):
+        self.thinking = torch.full((B,), latent, device=device)
+        self.done = torch.zeros(B, dtype=torch.bool, device=device)
+        self.capped = torch.zeros(B, dtype=torch.bool, device=device)
+        self.latents = torch.zeros(B, dtype=torch.int64, device=device)
+        self.written = torch.zeros(B, dtype=torch.int64, device=device)
+
+    def advance(self, token, tokenizer, max_latents, max_tokens, out_of_room):
+        """Take in the argmax tokens (B,); return what each row writes, -1 where it writes nothing.
+
+        A chain of latents at its cap is given its <eot>, and then answers. out_of_room bool (B,).
+        """
+        overlong = self.thinking & (token != tokenizer.eot) & (self.latents >= max_latents)
+        token = token.masked_fill(overlong, tokenizer.eot)
+        self.thinking &= token != tokenizer.eot
+        silent = self.thinking | self.done
+        written = token.masked_fill(silent, -1)
+        self.written += ~silent
+        self.done |= ~self.thinking & (token == tokenizer.eos)
+        stopped = ~self.done & (out_of_room | (self.written >= max_tokens))
+        self.done |= stopped
+        self.capped |= overlong | stopped
+        return token, written
+
+
+def prefill(llm, x, length, extra):
+    """Read the prompts: (logits (B, V) after each, a cache with `extra` free slots, bool (B, S) visible)."""
+    B, T, _ = x.shape
+    device = x.device
+    # under autocast keys and values come in its dtype
+    autocast = torch.is_autocast_enabled(device.type)
+    dtype = torch.get_autocast_dtype(device.type) if autocast else llm.wte.weight.dtype
+    cache = KVCache(llm.config, B, T + extra, device, dtype)
+    slot = torch.arange(T + extra, device=device)
+    visible = (slot < length[:, None]) | (slot >= T)  # the prompt's own slots, and those to come
+    pos = slot[:T].clamp(max=llm.config.block_size - 1)  # padding may reach beyond the last position
+    hidden = llm(x, pos, cache=cache, index=(length - 1)[:, None])  # (B, 1, C)
+    return llm.head(hidden)[:, 0], cache, visible
+
+
+@torch.no_grad()
+def decode(llm, tokenizer, x, length, latent=False, top_k=0, max_latents=0, max_tokens=64,
+           on_latent=None):
+    """Answer a batch of prompts greedily, as text or in latents: a Decoded.
+
+    x, length   float (B, T, C) prompts padded on the right, int64 (B,) their lengths. A prompt ends with
+                <bot> or a z to have the model think on, or with <eot> after latents that were inserted
+    latent      think in latent tokens: each step feeds z = Σ q[v]·E[v], q the next-token distribution
+                over the ordinary vocabulary (or its `top_k`), until argmax q is <eot>; then text
+    on_latent   called at every latent step as on_latent(step, q (B, n_ordinary), rows bool (B,));
+                a q that it returns is fed in place of that one
+
+    A row is stored at the slots that every row uses, but stands at its own positions; padding is never
+    visible. Each step feeds one vector a row.
+    """
+    B, T, _ = x.shape
+    block = llm.config.block_size
+    steps = (max_latents if latent else 0) + max_tokens
+    steps = max(0, min(steps, block - int(length.min())))
+    logits, cache, visible = prefill(llm, x, length, steps)
+    state, out = RowState(B, bool(latent), x.device), []
+    for step in range(steps + 1):
+        out_of_room = (length + step >= block) | (step == steps)
+        token, written = state.advance(logits.argmax(1), tokenizer, max_latents, max_tokens, out_of_room)
+        out.append(written)
+        if state.done.all():
+            break
+        x = llm.wte(token)  # (B, C)
+        if state.thinking.any():
+            q = ordinary_softmax(logits, tokenizer.n_ordinary)
+            active = state.thinking & ~state.done
+            if on_latent:
+                replaced = on_latent(step, q, active)
+                q = q if replaced is None else replaced
+            z = superpose(q, llm.wte.weight, top_k).to(x.dtype)
+            x = torch.where(state.thinking[:, None], z, x)
+            state.latents += active
+        pos = (length + step).clamp(max=block - 1)[:, None]  # (B, 1); a row that is done stays where it is
+        logits = llm.head(llm(x[:, None], pos, visible[:, None, :T + step + 1], cache))[:, 0]
+    rows = torch.stack(out, 1).tolist()
+    tokens = [[i for i in row if i >= 0 and i != tokenizer.eos] for row in rows]
+    return Decoded(tokens, state.latents, state.capped)
+
+
+# ---------------------------------------------------------------------------------------------- prompts
+
+def question_prompt(llm, batch, env):
+    """X <bot>: (embeddings (B, T, C), lengths (B,)), as `decode` takes them."""
+    questions = [p.question for p in batch.problems]
+    length = torch.tensor([len(question) for question in questions])
+    ids = pad(questions, int(length.max()))  # (B, T)
+    return llm.wte(ids.to(env.device)), length.to(env.device)
+
+
+def gold_prompt(llm, encoder, batch, env, c, top_k):
+    """X <bot> z₀ … z_{n-1} <eot>: the true chain, summarized by the encoder."""
+    layout = encoder_batch(batch, c, env.tokenizer.sum).to(env.device)
+    alpha = summarize(encoder, layout, env.tokenizer.n_ordinary)  # (B, N, n_ordinary)
+    z = superpose(alpha, llm.wte.weight, top_k)  # (B, N, C)
+    seq = latent_batch(batch, c).to(env.device)
+    length = torch.tensor([len(p.question) for p in batch.problems], device=env.device) + seq.n + 1
+    return insert_latents(llm.wte(seq.ids), z, seq.latent), length
+
+
+# -------------------------------------------------------------------------------------------- a split
+
+@torch.no_grad()
+def evaluate(llm, problems, env, thought, caps, encoder=None, chunk_size=0, top_k=0, limit=None,
+             batch_size=None, prompt=None, on_latent=None):
+    """Decode a split (or its first `limit` problems) and score the answers.
+
+    thought    'text': the model writes on from X (explicit CoT, no-CoT); 'latent': it thinks in latents;
+               'gold': it is given the encoder's summaries of the true chain, and <eot>
+    caps       (latents, tokens)
+    prompt     called as prompt(batch) -> (x, length), in place of X <bot>
+    on_latent  called as on_latent(batch, …) where `decode` calls its own
+    Returns accuracy, steps (mean between question and answer), capped, unparseable (counts), seconds, and
+    answers, {row: (text, right, its ids)}.
+    """
+    if prompt is None and thought == "gold":
+        prompt = partial(gold_prompt, llm, encoder, env=env, c=chunk_size, top_k=top_k)
+    elif prompt is None:
+        prompt = partial(question_prompt, llm, env=env)
+    batch_size = batch_size or (64 if thought == "gold" else 256)  # gold: α of (B, N, V) is large
+    start, answers, steps, capped, unparseable = time.time(), {}, 0, 0, 0
+    for batch in problems.eval_batches(batch_size, limit):
+        with env.autocast():
+            x, length = prompt(batch)
+            out = decode(llm, env.tokenizer, x, length, thought == "latent", top_k, *caps,
+                         on_latent=on_latent and partial(on_latent, batch))
+        capped += int(out.capped.sum())
+        for row, tokens, latents in zip(batch.rows.tolist(), out.tokens, out.latents.tolist()):
+            text = env.tokenizer.decode(tokens)
+            number = to_number(text)
+            unparseable += number is None
+            right = number is not None and number == to_number(problems.problems[row]["answer"])
+            answers[row] = text, right, tokens
+            steps += {"text": tokens.index(env.tokenizer.eot) if env.tokenizer.eot in tokens else len(tokens),
+                      "latent": latents,
+                      "gold": int(count_chunks(problems.s.length[row], chunk_size or 1))}[thought]
+    n = len(answers)
+    accuracy = sum(right for _, right, _ in answers.values()) / n
+    return dict(accuracy=accuracy, steps=steps / n, capped=capped, unparseable=unparseable,
+                seconds=time.time() - start, answers=answers)

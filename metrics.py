@@ -1,0 +1,239 @@
+"""What is measured: pure functions of α, of chains and of paths (DESIGN 7). No model runs here.
+
+    wilson, mean            a share's interval; the mean of what is defined
+    ecr, measure_ecr        how much of its chunk a summary holds
+    spans, parallelism      how many reasoning paths one chain of latents follows
+    span_mass, span_shares  how much of α is on each path, latent by latent
+    shape                   entropy, weight, norm and cosine along a chain
+
+Shapes here, beside those of model.py:
+    R  problems             M  paths of a problem            W  tokens of a span
+    N  latents at most      K  entries of α that are kept    c  tokens of a chunk
+
+The α of R chains are `values` float32 (R, N, K), the largest entries of each in falling order, and
+`ids` int (R, N, K), whose entries they are; n int64 (R,) says how many latents each chain has.
+Arrays of tokens are padded with -1.
+"""
+import torch
+
+from encoder import count_chunks
+
+FLOOR = 1e-6  # the mass of a span that has none of the kept entries; its logarithm is taken
+COVER = 0.03  # a span is covered where each token has as much (toy task's rarer order, c = 4: 0.05)
+
+
+# ----------------------------------------------------------------------------------- small things
+
+def wilson(right, n):
+    """The 95 % interval [low, high] of a share: `right` of n."""
+    p, z2 = right / n, 1.96 ** 2
+    center = p + z2 / n / 2
+    half = (z2 * p * (1 - p) / n + (z2 / n) ** 2 / 4) ** 0.5
+    return [(center - half) / (1 + z2 / n), (center + half) / (1 + z2 / n)]
+
+
+def mean(x):
+    """The mean of a tensor's finite entries (any shape, any dtype), a float; None without any."""
+    x = x[x.isfinite()].double()
+    return x.mean().item() if len(x) else None
+
+
+# ---------------------------------------------------------------- ECR: effective compression rate
+
+def ecr(ids, bag, real, ks):
+    """ECR@K: how many tokens of S_i are among the top K of α_i, mean over latents.
+
+    ids   int (R, N, K): α's largest entries in falling order
+    bag   int (R, N, c): the chunks' tokens, -1 past their ends (`encoder.chunk_bags`)
+    real  bool (R, N): the latents that count
+    ks    the values of K
+    Returns a list of floats, one for each of ks; NaN where no latent counts.
+    """
+    match = ids[:, :, None, :] == bag[:, :, :, None]                   # (R, N, c, K)
+    match &= (bag >= 0)[:, :, :, None]
+    match = match[real]                                                # (latents, c, K)
+    return [match[:, :, :k].any(2).sum(1).double().mean().item() for k in ks]
+
+
+def chunks_of_previous_problem(bag):
+    """For problem r the chunks of problem r - 1, repeated from the first where there are too few.
+
+    bag int (R, N, c) -> int (R, N, c).
+    """
+    _, N, c = bag.shape
+    count = (bag[:, :, 0] >= 0).sum(1)                                 # (R,) chunks of each problem
+    count = count.roll(1).clamp(min=1)[:, None]                        # (R, 1)
+    index = torch.arange(N) % count                                    # (R, N)
+    return bag.roll(1, 0).gather(1, index[:, :, None].expand(-1, -1, c))
+
+
+def most_frequent_tokens(bag):
+    """Each chunk's different tokens, the most frequent first: the α of the highest ECR.
+
+    bag int (R, N, c) -> int (R, N, c); behind them the chunk's repetitions, and its padding last.
+    """
+    same = bag[:, :, :, None] == bag[:, :, None, :]                    # (R, N, c, c)
+    repeated = same.tril(-1).any(3)                                    # (R, N, c)
+    frequency = (same.sum(3) * ~repeated).where(bag >= 0, -1)          # (R, N, c)
+    return bag.gather(2, frequency.argsort(2, descending=True))
+
+
+def measure_ecr(ids, n, bag, ks):
+    """ECR of R chains: {"own", "chance", "maximum"}, each a list over ks.
+
+    own      with the chunks that the latents stand for
+    chance   with the chunks of another problem
+    maximum  as if each α had its largest entries at its chunk's most frequent tokens
+    ids int (R, N, K); n int64 (R,): latents of each chain; bag int (R, chunks, c): the problems'
+    chunks. A latent beyond its problem's chunks does not count.
+    """
+    N = min(ids.size(1), bag.size(1))
+    count = (bag[:, :, 0] >= 0).sum(1)                                 # (R,) chunks of each problem
+    real = torch.arange(N) < n.minimum(count)[:, None]                 # (R, N)
+    ids, own = ids[:, :N], bag[:, :N]
+    other = chunks_of_previous_problem(bag)[:, :N]
+    return {"own": ecr(ids, own, real, ks),
+            "chance": ecr(ids, other, real, ks),
+            "maximum": ecr(most_frequent_tokens(own), own, real, ks)}
+
+
+# --------------------------------------------------------------------------------- parallel paths
+
+def span_edges(length, n, c, N):
+    """Where each span of a path starts and ends: int64 (..., N) each; they are equal past n."""
+    length, n = length[..., None], n[..., None]                        # (..., 1)
+    t = torch.arange(N + 1)
+    by_chunk = count_chunks(length, c) == n
+    total = torch.where(by_chunk, c, length)
+    parts = torch.where(by_chunk, 1, n.clamp(min=1))
+    edge = -(-t * total // parts)                                      # (..., N + 1): rounded up
+    start = edge[..., :-1].minimum(length - 1).clamp(min=0)
+    end = edge[..., 1:].maximum(start + 1).minimum(length)
+    return start, end.where(t[:-1] < n, start)
+
+
+def spans(tokens, length, n, c, N):
+    """Paths cut into as many spans as there are latents. A span is a set: it has a token once.
+
+    The spans are the path's chunks where it has as many chunks as the chain has latents; else they
+    are equal parts, of one token at least.
+    tokens int64 (..., L), length int64 (...): the paths; n int64 (...): the chain's latents
+    Returns int64 (..., N, W), padded with -1: past the n-th span, and where a path has no tokens.
+    """
+    start, end = span_edges(length, n, c, N)                           # (..., N) each
+    W = max(1, int((end - start).max()))
+    index = start[..., None] + torch.arange(W)                         # (..., N, W)
+    tokens = tokens[..., None, :].expand(*index.shape[:-1], -1)        # (..., N, L)
+    span = tokens.gather(-1, index.clamp(max=tokens.size(-1) - 1))     # (..., N, W)
+    repeated = (span[..., :, None] == span[..., None, :]).tril(-1).any(-1)
+    inside = index < end[..., None]
+    return span.where(inside & ~repeated, -1)
+
+
+def token_mass(values, ids, tokens):
+    """α of these tokens, 0 beyond its K entries: (..., K), (..., K), int (..., W) -> (..., W)."""
+    match = ids[..., None, :] == tokens[..., :, None]                  # (..., W, K)
+    return (match * values[..., None, :]).sum(-1)
+
+
+def parallelism(values, ids, path, n):
+    """(N_eff, covered), float (R,) each: how many of its problem's paths a chain follows.
+
+    values, ids (R, N, K); path int64 (R, M, N, W), from `spans`; n int64 (R,). N_eff is NaN where n
+    is 0. See `effective_paths` and `covered_spans`.
+    """
+    mass = token_mass(values[:, None], ids[:, None], path)             # (R, M, N, W)
+    return effective_paths(mass, path, n), covered_spans(mass, path)
+
+
+def effective_paths(mass, path, n):
+    """N_eff = exp(H(softmax_m score_m)), score_m = mean_t log Σ_{v ∈ S_mt} α_t[v]: float (R,).
+
+    One path followed makes 1. M paths followed alike make M, and so do M paths none of which is
+    followed: beside it belongs N_eff with random paths.
+    mass float (R, M, N, W): α of path's tokens; path int64 (R, M, N, W); n int64 (R,)
+    """
+    known = (path >= 0).flatten(2).any(2)                              # (R, M)
+    log_mass = mass.sum(3).clamp(min=FLOOR).log()                      # (R, M, N)
+    # past n all paths have log FLOOR, which the softmax does not see
+    score = log_mass.sum(2) / n[:, None]                               # (R, M)
+    share = score.masked_fill(~known, -torch.inf).softmax(1)
+    return torch.special.entr(share).sum(1).exp()
+
+
+def same_spans(path):
+    """Which paths have the same span at t, as sets: int64 (R, M, N, W) -> bool (R, M, M, N)."""
+    tokens = path.sort(3)[0]
+    return (tokens[:, :, None] == tokens[:, None]).all(4)
+
+
+def distinct_spans(path):
+    """The first path of those that have the same span at t: bool (R, M, N); False past a path's end.
+
+    Where no more than one path is left the paths do not differ at t.
+    """
+    M = path.size(1)
+    known = (path >= 0).flatten(2).any(2)                              # (R, M)
+    earlier = torch.ones(M, M).tril(-1).bool()[:, :, None]             # (M, M, 1)
+    return ~(same_spans(path) & earlier).any(2) & known[:, :, None]    # (R, M, N)
+
+
+def covered_spans(mass, path):
+    """The different spans covered at t, mean over the t where the paths differ: float (R,).
+
+    One path followed makes 1, none makes 0; NaN where the paths do not differ. A span is covered if
+    each of its tokens has the mass COVER. mass, path (R, M, N, W) as in `effective_paths`.
+    """
+    distinct = distinct_spans(path)                                    # (R, M, N)
+    differ = distinct.sum(1) > 1                                       # (R, N)
+    covered = mass.where(path >= 0, torch.inf).amin(3) >= COVER        # (R, M, N)
+    count = (covered & distinct).sum(1)                                # (R, N)
+    return (count * differ).sum(1) / differ.sum(1)
+
+
+def span_mass(values, ids, path):
+    """α's mass on each path's span, on tokens that no different span has at t: float (R, M, N).
+
+    NaN at the latents where the paths do not differ, and where a span has no token of its own.
+    values, ids (R, N, K); path int64 (R, M, N, W).
+    """
+    match = path[:, :, None, :, :, None] == path[:, None, :, :, None, :]   # (R, M, M, N, W, W)
+    other = ~same_spans(path)                                              # (R, M, M, N)
+    shared = (match.any(5) & other[..., None]).any(2)                      # (R, M, N, W)
+    own = (path >= 0) & ~shared
+    mass = (token_mass(values[:, None], ids[:, None], path) * own).sum(3)  # (R, M, N)
+    differ = distinct_spans(path).sum(1) > 1                               # (R, N)
+    every_path_has_some = own.any(3).all(1)                                # (R, N)
+    return mass.where((differ & every_path_has_some)[:, None], torch.nan)
+
+
+def span_shares(mass, path):
+    """(leading, effective), float (R, N): how the mass at t is shared among the different spans.
+
+    leading    the largest span's share of it
+    effective  exp of the entropy of the shares: 1 where one span has all, m where m have it alike
+    mass (R, M, N), from `span_mass`; NaN where that is, or where no span has any mass.
+    """
+    mass = mass.where(distinct_spans(path), 0).where(~mass.isnan(), torch.nan)
+    share = mass / mass.sum(1, keepdim=True)                               # (R, M, N)
+    return share.amax(1), torch.special.entr(share).sum(1).exp()
+
+
+# ------------------------------------------------------------------------------------------ shape
+
+def shape(n, values, entropy, z):
+    """How α and z change along a chain: lists over positions, of means over the chains so long.
+
+    count    how many chains are so long
+    cosine   of z_t and z_{t+1}: one entry less than the others
+    entropy  of α in nats; top1: α's largest entry; norm: of z
+    n int64 (R,); values (R, N, K); entropy (R, N); z (R, N, C). A mean of nothing is None.
+    """
+    real = torch.arange(z.size(1)) < n[:, None]                        # (R, N)
+    cosine = torch.cosine_similarity(z[:, :-1], z[:, 1:], dim=2)       # (R, N - 1)
+    columns = {"cosine": cosine.where(real[:, 1:], torch.nan),
+               "entropy": entropy.where(real, torch.nan),
+               "top1": values[:, :, 0].where(real, torch.nan),
+               "norm": z.norm(dim=2).where(real, torch.nan)}
+    means = {name: [mean(x) for x in column.T] for name, column in columns.items()}
+    return {"count": real.sum(0).tolist(), **means}

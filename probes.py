@@ -1,0 +1,177 @@
+"""What the analysis has the models do: record a split's latents, decode after given or forced ones.
+
+    latents = record_latents(setting, llm, top_k)               # what the latent model thinks
+    latents = record_summaries(setting, llm, encoder, top_k)    # what the encoder makes of S
+    found = decode_after_latents(setting, llm, latents.z, latents.n)
+    found = decode_along_path(setting, llm, path)               # each z holds one path's chunk
+
+Shapes: R problems, N latents at most, K entries of α that are recorded; the rest as in model.py.
+"""
+from functools import partial
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from data import Problems
+from decode import evaluate
+from encoder import count_chunks, encoder_batch, insert_latents, pad, summarize, superpose
+
+RECORDED = 300         # entries of each α that are recorded, the largest ones
+FEW, POINTS = 128, 25  # a curve decodes anew at every point: its problems and points at most
+FLOOR = 1e-6           # mass that a token of a forced chunk has at least
+
+
+class Setting(NamedTuple):
+    """What all measurements share."""
+
+    problems: Problems
+    R: int           # the first R problems are measured
+    c: int           # tokens of a chunk
+    caps: tuple      # (latents, tokens) at which decoding stops
+    batch_size: int
+    env: object      # device, tokenizer and autocast, from common.setup
+
+
+def decode_split(setting, llm, thought, **options):
+    """`decode.evaluate` in this setting; `options` are further arguments of it."""
+    options = {"limit": setting.R, **options}
+    return evaluate(llm, setting.problems, setting.env, thought, setting.caps,
+                    chunk_size=setting.c, batch_size=setting.batch_size, **options)
+
+
+# ------------------------------------------------------------------------------ recording latents
+
+class Latents(NamedTuple):
+    """The chains of R problems. Past the end of a chain stands anything, to be masked."""
+
+    n: torch.Tensor        # int64 (R,) latents of each chain
+    values: torch.Tensor   # float32 (R, N, K): α's largest entries in falling order,
+    ids: torch.Tensor      # int32 (R, N, K): and whose they are
+    entropy: torch.Tensor  # float32 (R, N): of the whole α, in nats
+    z: torch.Tensor        # float32 (R, N, C)
+    answers: dict          # {problem: (text, right, its ids)}; empty for the encoder's chains
+
+
+def allocate(setting, llm, N):
+    """Latents of zeros, with room for N of them in each chain (at least 1)."""
+    K = min(RECORDED, setting.env.tokenizer.n_ordinary)
+    R, N, C = setting.R, max(1, N), llm.config.n_embd
+    return Latents(
+        n=torch.zeros(R, dtype=torch.int64),
+        values=torch.zeros(R, N, K),
+        ids=torch.zeros(R, N, K, dtype=torch.int32),
+        entropy=torch.zeros(R, N),
+        z=torch.zeros(R, N, C),
+        answers={})
+
+
+def store(latents, rows, t, alpha, E, top_k):
+    """Record α (..., V) and its z as the latents of the problems `rows` at the positions t."""
+    values, ids = alpha.topk(latents.values.size(2))
+    latents.values[rows, t] = values.cpu()
+    latents.ids[rows, t] = ids.int().cpu()
+    latents.entropy[rows, t] = torch.special.entr(alpha).sum(-1).cpu()
+    latents.z[rows, t] = superpose(alpha, E, top_k).float().cpu()
+
+
+def trim(latents):
+    """The same Latents, N no larger than the longest chain."""
+    N = max(1, int(latents.n.max()))
+    return latents._replace(values=latents.values[:, :N], ids=latents.ids[:, :N],
+                            entropy=latents.entropy[:, :N], z=latents.z[:, :N])
+
+
+@torch.no_grad()
+def record_latents(setting, llm, top_k):
+    """The chains that the latent model thinks, α = q being its predictions, and its answers."""
+    latents = allocate(setting, llm, N=setting.caps[0])
+
+    def on_latent(batch, step, q, active):
+        rows = torch.from_numpy(batch.rows)[active.cpu()]
+        store(latents, rows, step, q[active], llm.wte.weight, top_k)
+        latents.n[rows] = step + 1
+
+    found = decode_split(setting, llm, "latent", top_k=top_k, on_latent=on_latent)
+    return trim(latents._replace(answers=found["answers"]))
+
+
+@torch.no_grad()
+def record_summaries(setting, llm, encoder, top_k):
+    """What the encoder makes of the true chains, with z in the embeddings of `llm`."""
+    problems, env = setting.problems, setting.env
+    n = torch.from_numpy(count_chunks(problems.s.length[:setting.R], setting.c))
+    latents = allocate(setting, llm, N=int(n.max()))._replace(n=n)
+    batch_size = -(-setting.batch_size // 8)  # few, since α of (B, N, V) is large for GPT-2's V
+    for batch in problems.eval_batches(batch_size, setting.R):
+        with env.autocast():
+            layout = encoder_batch(batch, setting.c, env.tokenizer.sum).to(env.device)
+            alpha = summarize(encoder, layout, env.tokenizer.n_ordinary)  # (B, N, n_ordinary)
+        rows = torch.from_numpy(batch.rows)[:, None]                      # (B, 1)
+        store(latents, rows, torch.arange(alpha.size(1)), alpha, llm.wte.weight, top_k)
+    return latents
+
+
+# ------------------------------------------------------------------------- decoding after latents
+
+def latents_prompt(llm, batch, z, n, end, device):
+    """X <bot> z_0 … z_{n-1} and the tokens `end`: (embeddings (B, T, C), lengths (B,)).
+
+    z float (R, N, C) and n int64 (R,) are those of all problems. A chain is cut where the model has
+    no more positions for it.
+    """
+    ids, latent = [], []  # of each row: its tokens; i + 1 where z_i stands, else 0
+    for row, problem in zip(batch.rows.tolist(), batch.problems):
+        nx = len(problem.question)
+        k = min(int(n[row]), llm.config.block_size - 1 - nx)
+        ids.append(problem.question + [0] * k + end)
+        latent.append([0] * nx + list(range(1, k + 1)))
+    length = torch.tensor([len(row) for row in ids])
+    T = int(length.max())
+    ids, latent = pad(ids, T).to(device), pad(latent, T).to(device)  # (B, T) each
+    z = z[torch.from_numpy(batch.rows)].to(device)                   # (B, N, C)
+    return insert_latents(llm.wte(ids), z, latent), length.to(device)
+
+
+def decode_after_latents(setting, llm, z, n, end_of_thought=True):
+    """The LLM reads X <bot> and these latents, with <eot> or without, and writes on as text.
+
+    z float (R, N, C), n int64 (R,): the latents of the first R problems.
+    Returns what `decode.evaluate` does.
+    """
+    env = setting.env
+    end = [env.tokenizer.eot] if end_of_thought else []
+    prompt = partial(latents_prompt, llm, z=z, n=n, end=end, device=env.device)
+    return decode_split(setting, llm, "text", limit=len(n), prompt=prompt)
+
+
+def decode_after_prefixes(setting, llm, latents, end_of_thought=True):
+    """What follows z_0 … z_{k-1}, for k = 0 … N, or POINTS of them, in the first FEW problems.
+
+    Returns (ks, what `decode.evaluate` does for each of them). A shorter chain is given as a whole.
+    """
+    n, z = latents.n[:FEW], latents.z[:FEW]
+    N = int(n.max())
+    ks = np.linspace(0, N, min(POINTS, N + 1)).round().astype(int).tolist()
+    return ks, [decode_after_latents(setting, llm, z, n.clamp(max=k), end_of_thought) for k in ks]
+
+
+def decode_along_path(setting, llm, path, top_k=0):
+    """Latent decoding in which each q is restricted to the tokens of one path's chunk, and rescaled.
+
+    Where q has no mass on the chunk, its tokens get equal shares. Past the path's last chunk q stays
+    as it is, so that the model ends its chain itself. path int64 (R, chunks, c), padded with -1.
+    Returns what `decode.evaluate` does.
+    """
+    def on_latent(batch, step, q, active):
+        if step >= path.size(1):
+            return q
+        chunk = path[torch.from_numpy(batch.rows), step].to(q.device)           # (B, c)
+        allowed = torch.zeros(len(q), q.size(1) + 1, device=q.device)
+        allowed.scatter_(1, chunk.where(chunk >= 0, q.size(1)), 1.0)
+        allowed = allowed[:, :-1]                                               # (B, n_ordinary)
+        restricted = q * allowed + FLOOR * allowed
+        total = restricted.sum(1, keepdim=True)                                 # (B, 1)
+        return torch.where(total > 0, restricted / total.clamp(min=FLOOR), q)
+
+    return decode_split(setting, llm, "latent", top_k=top_k, on_latent=on_latent)

@@ -1,0 +1,234 @@
+"""The page: tables, line charts and problems as HTML, from the template assets/report.html.
+
+    html = page(report, pictures)
+
+`report` is what analyze.py writes to report.json; its docstring says what is in it. Every $name in
+the template becomes a figure, a table or a chart. Nothing is measured here, and nothing is read but
+the template.
+"""
+from html import escape
+from pathlib import Path
+from string import Template
+
+TEMPLATE = Path(__file__).with_name("assets") / "report.html"
+LABELS = {"warm_up": "Explicit, the warm-up", "explicit": "Explicit chain of thought",
+          "no_cot": "No chain of thought", "latent": "Latent chain",
+          "gold": "Summaries by the encoder"}
+FIGURES = ("accuracy", "interval", "steps", "seconds", "unparseable", "capped")
+CHAINS = ("encoder", "latent")  # the encoder's summaries of the true chain; what the model thinks
+HEAVIEST = 5                    # tokens of each latent that are shown
+LEFT, RIGHT, TOP, BOTTOM = 36, 352, 12, 172  # the edges of a chart, in units of its viewBox
+
+# ----------------------------------------------------------------------------------------- tables
+
+
+def cell(x):
+    """One entry of a table: a list is an interval, None a dash, and text is escaped."""
+    if x is None:
+        return "–"
+    if isinstance(x, list):
+        return " – ".join(map(cell, x))
+    if isinstance(x, float):
+        return f"{x:.1f}" if abs(x) >= 10 else f"{x:.3f}"
+    return escape(str(x))
+
+
+def table(columns):
+    """{head of the column: {head of the row: entry}} as HTML; entries as `cell` takes them."""
+    html = "<tr><th>" + "".join(f"<th>{escape(head)}" for head in columns)
+    for row in next(iter(columns.values())):
+        html += f"<tr><td>{escape(str(row))}"
+        html += "".join(f"<td>{cell(column[row])}" for column in columns.values())
+    return f'<div class="wide"><table>{html}</table></div>'
+
+
+# ----------------------------------------------------------------------------------------- charts
+
+def scale(value, low, high, start, end):
+    """The linear map that takes low to start and high to end."""
+    return start + (end - start) * (value - low) / (high - low or 1)
+
+
+def axis_top(largest):
+    """The smallest of 0.001, 0.002, 0.004, 0.008, 0.01, …, 8e6 that is no less than `largest`."""
+    for exponent in range(-3, 7):
+        for digit in (1, 2, 4, 8):
+            if digit * 10.0 ** exponent >= largest:
+                return digit * 10.0 ** exponent
+
+
+def grid(low, top):
+    """Five horizontal lines with their labels, as SVG."""
+    svg = ""
+    for i in range(5):
+        value = low + i * (top - low) / 4
+        y = scale(value, low, top, BOTTOM, TOP)
+        svg += f'<line x1="{LEFT}" x2="{RIGHT}" y1="{y}" y2="{y}"/>'
+        svg += f'<text x="30" y="{y + 4}" text-anchor="end">{value:g}</text>'
+    return svg
+
+
+def curve(points, color):
+    """A line through the points [(x, y)], and a dot at each, as SVG."""
+    points = [(f"{x:.1f}", f"{y:.1f}") for x, y in points]
+    path = " ".join(f"{x},{y}" for x, y in points)
+    svg = f'<polyline stroke="{color}" points="{path}"/>'
+    return svg + "".join(f'<circle cx="{x}" cy="{y}" r="2.5" fill="{color}"/>' for x, y in points)
+
+
+def chart(series, x=None, top=None):
+    """A line chart and its key, as SVG and HTML.
+
+    series  {name: figures}, at most three; None where there is no figure
+    x       the place of each figure; left out: 1, 2, …, as far as there are figures
+    top     of the vertical axis; left out: the next round number. The axis starts at 0, or at -top
+            where some figure is negative
+    """
+    figures = [y for ys in series.values() for y in ys if y is not None] or [0]
+    if not x:
+        indices = [i for ys in series.values() for i, y in enumerate(ys) if y is not None]
+        x = list(range(1, 2 + max(indices, default=0)))
+    top = top or axis_top(max(map(abs, figures)))
+    low = -top if min(figures) < 0 else 0
+    svg = grid(low, top)
+    stride = -(-len(x) // 7)  # seven labels at most
+    for value in x[::stride]:
+        at = scale(value, x[0], x[-1], LEFT, RIGHT)
+        svg += f'<text x="{at:.0f}" y="190" text-anchor="middle">{value}</text>'
+    key = ""
+    for i, (name, ys) in enumerate(series.items()):
+        points = [(scale(a, x[0], x[-1], LEFT, RIGHT), scale(y, low, top, BOTTOM, TOP))
+                  for a, y in zip(x, ys) if y is not None]
+        svg += curve(points, f"var(--c{i})")
+        key += f'<b class="key" style="color:var(--c{i})">{name}</b>'
+    return f'<svg viewBox="0 0 360 196">{svg}</svg>{key}'
+
+
+# ---------------------------------------------------------------------- a problem and its latents
+
+def printable(tokenizer, ids):
+    """Tokens as text, with a · for every space and whatever cannot be printed."""
+    text = tokenizer.decode(ids)
+    return "".join(a if a.isprintable() and a != " " else "·" for a in text)
+
+
+def heaviest_tokens(values, ids, tokenizer):
+    """The heaviest tokens of each latent of a chain: [[(text, weight), …], …].
+
+    values float (n, K), ids int (n, K): the entries of α in falling order.
+    """
+    columns = []
+    for weights, tokens in zip(values[:, :HEAVIEST].tolist(), ids[:, :HEAVIEST].tolist()):
+        columns.append([(printable(tokenizer, [i]), w) for i, w in zip(tokens, weights)])
+    return columns
+
+
+def strip(values, ids, bag, tokenizer):
+    """A chain as columns, one a latent: the chunk it stands for, and its heaviest tokens shaded.
+
+    values, ids (n, K) as above; bag int (chunks, c): the chunks' tokens, -1 past their ends.
+    """
+    chunks = [printable(tokenizer, [i for i in chunk if i >= 0]) for chunk in bag.tolist()]
+    html = ""
+    for t, tokens in enumerate(heaviest_tokens(values, ids, tokenizer)):
+        chunk = escape(chunks[t]) if t < len(chunks) else ""
+        html += f"<div><b>{chunk or '–'}<small>{t + 1}</small></b>"
+        for text, weight in tokens:
+            shade = f"background:rgba(70,120,230,{0.6 * weight:.2f})"
+            html += f'<span style="{shade}">{escape(text)}<small>{100 * weight:.0f}</small></span>'
+        html += "</div>"
+    return f'<div class="strip">{html}</div>'
+
+
+def picture(problem, written, right, strips, unfold=False):
+    """A problem as HTML to unfold: the question, the true chain, what the model wrote, its chains.
+
+    problem  {question, chain, answer}, all str
+    written  the text that the latent model wrote after its chain; right: whether that is the answer
+    strips   {whose chain: HTML, from `strip`}
+    unfold   the problem is shown unfolded at first
+    """
+    state = " open" if unfold else ""
+    sign = "<b>✓</b>" if right else "<b class=no>✗</b>"
+    question, chain, answer = (escape(problem[key]) for key in ("question", "chain", "answer"))
+    html = f"<details{state}><summary>{sign} {question}</summary>"
+    html += f"<p>{chain} #### {answer}<br>the model: {escape(written)}</p>"
+    html += "".join(f"<small>{name}</small>{columns}" for name, columns in strips.items())
+    return html + "</details>"
+
+
+# --------------------------------------------------------------------------------------- the page
+
+def verdict(controls):
+    """What it costs the latent model to be handed another problem's chain, in words."""
+    lost = controls["accuracy"]["own"] - controls["accuracy"]["shuffled"]
+    if controls["interval"]["shuffled"][1] < controls["interval"]["own"][0]:
+        return f"costs {100 * lost:.0f} points"
+    return "does as well, as far as so many problems tell: these latents do nothing"
+
+
+def curves(controls, continuation):
+    """The two charts of what happens when a chain is cut, or goes on as text."""
+    cut = controls["cut"]
+    written = {"answer": continuation["accuracy"], "next chunk": continuation["next_chunk"]}
+    return {"cut": chart({"accuracy": cut["accuracy"]}, cut["k"], top=1),
+            "continued": chart(written, continuation["i"], top=1),
+            "few": continuation["problems"]}
+
+
+def ecr_table(ecr):
+    columns = {}
+    for whose in CHAINS:
+        for name, figures in ecr[whose].items():
+            columns[f"{whose}, {name}"] = dict(zip(ecr["K"], figures))
+    return table(columns)
+
+
+def path_figures(parallelism):
+    """The section on parallel paths, which is empty where no problem has several (None)."""
+    content = {"paths": "None are known here.", "parallelism": ""}
+    orders = None
+    if parallelism is not None:
+        problems, paths, orders = (parallelism[key] for key in ("problems", "paths", "orders"))
+        content["paths"] = f"{problems} problems with {paths:.2f} valid paths on average."
+        content["parallelism"] = table({whose: dict(sorted(parallelism[whose].items()))
+                                        for whose in CHAINS})
+    content["hide"] = "" if orders else "hidden"  # the charts of the orders, which the toy task has
+    for figure in ("leading", "effective"):
+        series = {whose: orders[whose][figure] if orders else [] for whose in CHAINS}
+        content[f"order_{figure}"] = chart(series)
+    return content
+
+
+def shape_charts(shape):
+    charts = {}
+    for figure in ("entropy", "top1", "norm", "cosine"):
+        charts[figure] = chart({whose: shape[whose][figure] for whose in CHAINS})
+    norms = {key: f"{norm:.2f}" for key, norm in shape["token_norm"].items()}  # low, mean, high
+    return charts | norms
+
+
+def page(report, pictures):
+    """report.html as text: one file, no script, no request.
+
+    report    what report.json holds
+    pictures  the problems shown, one at least, as `picture` makes them
+    """
+    controls, config = report["controls"], report["config"]
+    made = {key: escape(str(value)) for key, value in (config["sup"] | config["analyze"]).items()}
+    accuracy = {figure: {label: report[figure][way] for way, label in LABELS.items()}
+                for figure in FIGURES}
+    content = {
+        "problems": report["problems"],
+        "accuracy": table(accuracy),
+        "first": pictures[0],
+        "verdict": verdict(controls),
+        "donor": f"{100 * controls['donor']:.0f}",
+        "controls": table({key: controls[key] for key in ("accuracy", "interval")}),
+        "collapse": table({key: report["collapse"][key] for key in ("accuracy", "interval")}),
+        "ecr": ecr_table(report["ecr"]),
+        "more": "\n".join(pictures[1:])}
+    content |= curves(controls, report["continuation"])
+    content |= path_figures(report["parallelism"])
+    content |= shape_charts(report["shape"])
+    return Template(TEMPLATE.read_text("utf-8")).substitute(made | content)
