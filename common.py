@@ -35,14 +35,14 @@ PRESETS = {  # the defaults that depend on --data; "gsm8k" serves everything but
     "toy": dict(
         n_layer=3, n_head=8, n_embd=128, block_size=96,
         batch_size=32, chunk_size=2, eval_every=250, noise=0.25,
-        sft_steps=700, lr={"sup": 4e-3, "latent": 2e-3}, llm_lr=1e-3,
-        steps={"sup": 600, "latent": 600},
+        sft_steps=1600, lr={"sup": 2e-3, "latent": 1e-3}, llm_lr=5e-4,
+        bag_steps=100, steps={"sup": 400, "latent": 600},
     ),
     "gsm8k": dict(
         n_layer=4, n_head=4, n_embd=256, block_size=384,
         batch_size=16, chunk_size=2, eval_every=500, noise=1.0,
         sft_steps=2000, lr={"sup": 1e-3, "latent": 1e-3}, llm_lr=1e-3,
-        steps={"sup": 1000, "latent": 2000},
+        bag_steps=200, steps={"sup": 1000, "latent": 2000},
     ),
 }
 SHAPE = ("n_layer", "n_head", "n_embd", "block_size")
@@ -188,7 +188,7 @@ def fill_in_defaults(args, phase, parent):
 
 
 def check_ranges(args):
-    may_be_zero = ("steps", "sft_steps", "baseline_steps", "top_k", "seed")
+    may_be_zero = ("steps", "sft_steps", "bag_steps", "baseline_steps", "top_k", "seed")
     if args.as_told > 1:
         raise UserError(f"--as-told {args.as_told}: must be a share from 0 to 1")
     for field, value in vars(args).items():

@@ -10,8 +10,8 @@ from typing import NamedTuple
 import torch
 
 from data import to_number
-from encoder import (count_chunks, encoder_batch, insert_latents, latent_batch,
-                     ordinary_softmax, pad, summarize, superpose)
+from encoder import (count_chunks, encoder_batch, insert_latents, ordinary_softmax, pad,
+                     summarize, superpose)
 from model import KVCache
 
 
@@ -108,7 +108,7 @@ def decode(llm, tokenizer, x, length, latent=False, top_k=0, max_latents=0, max_
     return Decoded(tokens, state.latents, state.capped)
 
 
-# ---------------------------------------------------------------------------------------------- prompts
+# ---------------------------------------------------------------------------------------- prompts
 
 def question_prompt(llm, batch, env):
     """X <bot>: (embeddings (B, T, C), lengths (B,)), as `decode` takes them."""
@@ -118,36 +118,75 @@ def question_prompt(llm, batch, env):
     return llm.wte(ids.to(env.device)), length.to(env.device)
 
 
-def gold_prompt(llm, encoder, batch, env, c, top_k):
-    """X <bot> z₀ … z_{n-1} <eot>: the true chain, summarized by the encoder."""
+def latents_prompt(llm, batch, z, n, end, device):
+    """X <bot> z₀ … z_{n-1} and the tokens `end`: (embeddings (B, T, C), lengths (B,)).
+
+    z float (B, N, C); n: for each row how many of its z. A chain is cut where the model has no more
+    positions for it.
+    """
+    ids, latent = [], []  # of each row: its tokens; i + 1 where z_i stands, else 0
+    for problem, k in zip(batch.problems, n):
+        nx = len(problem.question)
+        k = min(int(k), llm.config.block_size - 1 - nx)
+        ids.append(problem.question + [0] * k + end)
+        latent.append([0] * nx + list(range(1, k + 1)))
+    length = torch.tensor([len(row) for row in ids])
+    T = int(length.max())
+    ids, latent = pad(ids, T).to(device), pad(latent, T).to(device)  # (B, T) each
+    return insert_latents(llm.wte(ids), z.to(device), latent), length.to(device)
+
+
+def summaries(llm, encoder, batch, env, c, top_k):
+    """The encoder's summaries of the true chains as z float (B, N, C), and their numbers (B,)."""
     layout = encoder_batch(batch, c, env.tokenizer.sum).to(env.device)
     alpha = summarize(encoder, layout, env.tokenizer.n_ordinary)  # (B, N, n_ordinary)
-    z = superpose(alpha, llm.wte.weight, top_k)  # (B, N, C)
-    seq = latent_batch(batch, c).to(env.device)
-    length = torch.tensor([len(p.question) for p in batch.problems], device=env.device) + seq.n + 1
-    return insert_latents(llm.wte(seq.ids), z, seq.latent), length
+    return superpose(alpha, llm.wte.weight, top_k), layout.n.cpu().numpy()
 
 
-# -------------------------------------------------------------------------------------------- a split
+def gold_prompt(llm, encoder, batch, env, c, top_k):
+    """X <bot> z₀ … z_{n-1} <eot>: only the answer is left to write."""
+    z, n = summaries(llm, encoder, batch, env, c, top_k)
+    return latents_prompt(llm, batch, z, n, [env.tokenizer.eot], env.device)
+
+
+def continuation_prompt(llm, encoder, batch, env, c, top_k):
+    """X <bot> z₀ … z_{k-1}, with k = 0 … n in turn over the problems: the rest is left to write."""
+    z, n = summaries(llm, encoder, batch, env, c, top_k)
+    return latents_prompt(llm, batch, z, batch.rows % (n + 1), [], env.device)
+
+
+# ---------------------------------------------------------------------------------------- a split
+
+def count_steps(thought, tokens, latents, chunks, eot):
+    """Forward passes between question and answer: latents, summaries, or the tokens before <eot>."""
+    if thought == "latent":
+        return latents
+    if thought == "gold":
+        return chunks
+    return tokens.index(eot) if eot in tokens else len(tokens)
+
 
 @torch.no_grad()
-def evaluate(llm, problems, env, thought, caps, encoder=None, chunk_size=0, top_k=0, limit=None,
+def evaluate(llm, problems, env, thought, caps, encoder=None, chunk_size=1, top_k=0, limit=None,
              batch_size=None, prompt=None, on_latent=None):
     """Decode a split (or its first `limit` problems) and score the answers.
 
-    thought    'text': the model writes on from X (explicit CoT, no-CoT); 'latent': it thinks in latents;
-               'gold': it is given the encoder's summaries of the true chain, and <eot>
+    thought    'text': the model writes on from X (explicit CoT, no-CoT); 'latent': it thinks in
+               latents; 'gold': it is given the encoder's summaries of the true chain, and <eot>;
+               'continue': it is given the first of them, and writes on as text
     caps       (latents, tokens)
-    prompt     called as prompt(batch) -> (x, length), in place of X <bot>
+    prompt     called as prompt(batch) -> (x, length), in place of the prompt of `thought`
     on_latent  called as on_latent(batch, …) where `decode` calls its own
-    Returns accuracy, steps (mean between question and answer), capped, unparseable (counts), seconds, and
-    answers, {row: (text, right, its ids)}.
+    Returns accuracy, steps (mean between question and answer), capped, unparseable (counts),
+    seconds, and answers, {row: (text, right, its ids)}.
     """
-    if prompt is None and thought == "gold":
-        prompt = partial(gold_prompt, llm, encoder, env=env, c=chunk_size, top_k=top_k)
-    elif prompt is None:
+    if prompt is None:
         prompt = partial(question_prompt, llm, env=env)
-    batch_size = batch_size or (64 if thought == "gold" else 256)  # gold: α of (B, N, V) is large
+        if encoder is not None and thought in ("gold", "continue"):
+            summarized = gold_prompt if thought == "gold" else continuation_prompt
+            prompt = partial(summarized, llm, encoder, env=env, c=chunk_size, top_k=top_k)
+    # an encoder's α of (B, N, V) is large
+    batch_size = batch_size or (256 if encoder is None else 64)
     start, answers, steps, capped, unparseable = time.time(), {}, 0, 0, 0
     for batch in problems.eval_batches(batch_size, limit):
         with env.autocast():
@@ -161,9 +200,8 @@ def evaluate(llm, problems, env, thought, caps, encoder=None, chunk_size=0, top_
             unparseable += number is None
             right = number is not None and number == to_number(problems.problems[row]["answer"])
             answers[row] = text, right, tokens
-            steps += {"text": tokens.index(env.tokenizer.eot) if env.tokenizer.eot in tokens else len(tokens),
-                      "latent": latents,
-                      "gold": int(count_chunks(problems.s.length[row], chunk_size or 1))}[thought]
+            chunks = int(count_chunks(problems.s.length[row], chunk_size))
+            steps += count_steps(thought, tokens, latents, chunks, env.tokenizer.eot)
     n = len(answers)
     accuracy = sum(right for _, right, _ in answers.values()) / n
     return dict(accuracy=accuracy, steps=steps / n, capped=capped, unparseable=unparseable,

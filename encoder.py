@@ -142,11 +142,20 @@ def latent_layout(question, chunks, answer):
     return row
 
 
-def explicit_layout(question, chunks, answer):
-    """Plain SFT, causal: X <bot> S <eot> Ans; S and Ans are predicted, all tokens with one weight."""
+def explicit_layout(question, chunks, answer, read=0):
+    """Plain SFT, causal: X <bot> S <eot> Ans; S and Ans are predicted, all tokens with one weight.
+
+    With `read` the first so many chunks stand there as latents, and the rest follows as text:
+
+        token     X  X  <bot>  z₀ z₁ e  <eot> Ans             read = 2
+        position  0  1  2      3  4  5  6     7
+    """
     row = Sequence(question)
-    text = sum(chunks, []) + answer
-    row.add_text(text, pos=len(question), loss_weight=1 / len(text))
+    nx = len(question)
+    for i in range(read):
+        row.add_latent(i, pos=nx + i)
+    text = sum(chunks[read:], []) + answer
+    row.add_text(text, pos=nx + read, loss_weight=1 / len(text))
     return row
 
 
@@ -223,20 +232,26 @@ def latent_batch(batch, c):
     return collate(rows, T=(x + n + a).max(), P=a.max(), N=n.max())
 
 
-def explicit_batch(batch):
+def explicit_batch(batch, c=1, read=None):
+    """read int (B,): how many chunks of each row stand there as latents; None: no chunk."""
     x, s, a = batch.bucket
-    rows = [explicit_layout(p.question, [p.chain], p.answer) for p in batch.problems]
-    return collate(rows, T=(x + s + a).max(), P=(s + a).max())
+    read = [0] * len(batch.problems) if read is None else read
+    rows = [explicit_layout(p.question, split_chunks(p.chain, c), p.answer, k)
+            for p, k in zip(batch.problems, read)]
+    return collate(rows, T=(x + s + a).max(), P=(s + a).max(), N=count_chunks(s, c).max())
 
 
-def draw_followed(batch, c, seed, step, rank=0, world=1):
-    """int64 (B,): for each problem a chunk to follow, −1 … n−1, drawn evenly anew at every step.
+def draw_chunk(batch, c, seed, step, rank=0, world=1, none=0.0):
+    """int64 (B,): for each problem the last chunk that is read as a latent before text goes on.
 
-    −1 stands for "no chunk read yet". A function of (seed, step), so that a resumed run draws the same.
+    With probability `none` it is −1, no chunk at all; else −1 … n−1, drawn evenly. A function of
+    (seed, step), so that a resumed run draws the same.
     """
     n = np.array([count_chunks(len(p.chain), c) for p in batch.problems])
-    u = np.random.default_rng([seed, step, 1]).random(len(n) * world)[rank::world]
-    return (u * (n + 1)).astype(np.int64) - 1
+    rng = np.random.default_rng([seed, step, 1])
+    u = rng.random((2, len(n) * world))[:, rank::world]
+    chunk = (u[0] * (n + 1)).astype(np.int64) - 1
+    return np.where(u[1] < none, -1, chunk)
 
 
 def chunk_bags(batch, c):
@@ -326,6 +341,16 @@ def superpose_sparse(values, ids, E):
     values, shape = values.reshape(-1, K).to(E.dtype), values.shape[:-1]
     z = F.embedding_bag(ids.reshape(-1, K), E, per_sample_weights=values, mode="sum")
     return z.view(*shape, -1)  # (..., C)
+
+
+def superpose_bags(bag, E):
+    """The plainest z: the mean of a chunk's token embeddings. bag int64 (B, N, c) -> (B, N, C).
+
+    It is the superposition whose α is the distribution of a token drawn from the chunk.
+    """
+    real = bag >= 0                                                       # (B, N, c)
+    values = real.to(E.dtype) / real.sum(2, keepdim=True).clamp(min=1)    # (B, N, c)
+    return superpose_sparse(values, bag.clamp(min=0), E)
 
 
 def insert_latents(x, z, latent):

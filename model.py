@@ -148,6 +148,10 @@ class GPT(nn.Module):
         for name, p in self.named_parameters():
             if "c_proj" in name and p.dim() == 2:  # adds to the residual stream, 2 · n_layer times
                 nn.init.normal_(p, std=std / math.sqrt(2 * self.config.n_layer))
+            elif name == "wpe.weight":
+                # small: a text stands elsewhere once latents shorten what precedes it, so a model
+                # should find its way by content before it does by position
+                nn.init.normal_(p, std=std / 10)
             elif p.dim() == 2:
                 nn.init.normal_(p, std=std)
             elif name.endswith("bias"):

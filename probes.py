@@ -7,15 +7,14 @@
 
 Shapes: R problems, N latents at most, K entries of α that are recorded; the rest as in model.py.
 """
-from functools import partial
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from data import Problems
-from decode import evaluate
-from encoder import count_chunks, encoder_batch, insert_latents, pad, summarize, superpose
+from decode import evaluate, latents_prompt
+from encoder import count_chunks, encoder_batch, summarize, superpose
 
 RECORDED = 300         # entries of each α that are recorded, the largest ones
 FEW, POINTS = 128, 25  # a curve decodes anew at every point: its problems and points at most
@@ -114,25 +113,6 @@ def record_summaries(setting, llm, encoder, top_k):
 
 # ------------------------------------------------------------------------- decoding after latents
 
-def latents_prompt(llm, batch, z, n, end, device):
-    """X <bot> z_0 … z_{n-1} and the tokens `end`: (embeddings (B, T, C), lengths (B,)).
-
-    z float (R, N, C) and n int64 (R,) are those of all problems. A chain is cut where the model has
-    no more positions for it.
-    """
-    ids, latent = [], []  # of each row: its tokens; i + 1 where z_i stands, else 0
-    for row, problem in zip(batch.rows.tolist(), batch.problems):
-        nx = len(problem.question)
-        k = min(int(n[row]), llm.config.block_size - 1 - nx)
-        ids.append(problem.question + [0] * k + end)
-        latent.append([0] * nx + list(range(1, k + 1)))
-    length = torch.tensor([len(row) for row in ids])
-    T = int(length.max())
-    ids, latent = pad(ids, T).to(device), pad(latent, T).to(device)  # (B, T) each
-    z = z[torch.from_numpy(batch.rows)].to(device)                   # (B, N, C)
-    return insert_latents(llm.wte(ids), z, latent), length.to(device)
-
-
 def decode_after_latents(setting, llm, z, n, end_of_thought=True):
     """The LLM reads X <bot> and these latents, with <eot> or without, and writes on as text.
 
@@ -141,7 +121,11 @@ def decode_after_latents(setting, llm, z, n, end_of_thought=True):
     """
     env = setting.env
     end = [env.tokenizer.eot] if end_of_thought else []
-    prompt = partial(latents_prompt, llm, z=z, n=n, end=end, device=env.device)
+
+    def prompt(batch):
+        rows = torch.from_numpy(batch.rows)
+        return latents_prompt(llm, batch, z[rows], n[rows], end, env.device)
+
     return decode_split(setting, llm, "text", limit=len(n), prompt=prompt)
 
 

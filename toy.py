@@ -40,18 +40,21 @@ def free_steps(rng, things):
             return steps
 
 
-def next_step(rng, value):
-    """One link of the chain that follows the sum: (clause, expression, value)."""
+def next_step(rng, value, done):
+    """One link of the chain that follows the sum: (clause, operation, result).
+
+    No operation comes twice: it would be open which of the two clauses a step has taken.
+    """
     while True:
         k = rng.randint(1, 4)
-        clause, expression, result = rng.choice([
-            (f"{rng.choice(GAIN)} {k}", f"{value}+{k}", value + k),
-            (f"{rng.choice(LOSS)} {k}", f"{value}-{k}", value - k),
-            ("double them", f"{value}*2", value * 2),
-            ("halve them", f"{value}/2", value / 2),
+        clause, operation, result = rng.choice([
+            (f"{rng.choice(GAIN)} {k}", f"+{k}", value + k),
+            (f"{rng.choice(LOSS)} {k}", f"-{k}", value - k),
+            ("double them", "*2", value * 2),
+            ("halve them", "/2", value / 2),
         ])
-        if result == int(result) and 1 <= result <= TOP:
-            return clause, expression, int(result)
+        if operation not in done and result == int(result) and 1 <= result <= TOP:
+            return clause, operation, int(result)
 
 
 def make(rng):
@@ -62,11 +65,13 @@ def make(rng):
     things = rng.choice(THINGS)
     free = free_steps(rng, things)
     total = value = sum(value for _, _, value in free)
-    clauses, links = [], []
+    clauses, operations, links = [], [], []
     for _ in range(rng.randint(*LINKS)):
-        clause, expression, value = next_step(rng, value)
+        clause, operation, result = next_step(rng, value, operations)
         clauses.append(clause)
-        links.append(f"<<{expression}={value}>>")
+        operations.append(operation)
+        links.append(f"<<{value}{operation}={result}>>")
+        value = result
     told = " ".join(sentence for sentence, _, _ in free)
     clauses = ", ".join(clauses[:-1]) + " and " + clauses[-1]
     question = f"{told} They pool their {things}, {clauses}. How many {things} do they have?"

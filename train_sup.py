@@ -7,10 +7,15 @@ to read them.
     python train_sup.py --data gsm8k --init gpt2 --lr 1e-4     # from OpenAI's GPT-2
     torchrun --nproc-per-node 2 train_sup.py …                 # several GPUs
 
-First plain supervised fine-tuning (SFT) on X <bot> S <eot> Ans, kept as sft.pt. Encoder and LLM start
-as copies of it and learn together: the encoder turns chunk S_i into α_i, and the LLM, which sees X and
-z_0 … z_i but no text of the chain, must predict chunk S_{i+1}; from one z_k of each problem it must
-write all the rest. The only path from the loss to the encoder is through z. Next: python compress.py
+First a warm-up, supervised fine-tuning (SFT) on X <bot> S <eot> Ans, kept as sft.pt: an LLM that thinks
+in text. In half of its rows the first chunks are given as the plainest latents there are, the means of
+their tokens' embeddings, so that it can read z before an encoder writes any.
+
+Encoder and LLM then start as copies of it. For a few updates the encoder alone learns that α_i should
+hold the tokens of chunk S_i. Then both learn together: the encoder turns S_i into α_i, and the LLM,
+which sees X and z_0 … z_i but no text of the chain, must predict chunk S_{i+1}; after one z_k of each
+problem it must write all the rest. The only path from this loss to the encoder is through z.
+Next: python compress.py
 """
 import copy
 import pickle
@@ -22,10 +27,14 @@ import torch
 import common
 from data import UserError, load, splits
 from decode import evaluate
-from encoder import (chunk_bags, draw_followed, encoder_batch, explicit_batch, insert_latents,
-                     llm_batch, local_supervision_mask, summarize, superpose, supervision_mask)
+from encoder import (chunk_bags, draw_chunk, encoder_batch, explicit_batch, insert_latents,
+                     llm_batch, local_supervision_mask, summarize, superpose, superpose_bags,
+                     supervision_mask)
 from losses import bag_kl, weighted_nll
 from model import GPT, GPT2, GPTConfig
+
+
+NONE = 0.25  # in such a share of the problems the text that is followed starts before any latent
 
 
 def add_flags(p):
@@ -35,10 +44,12 @@ def add_flags(p):
     add("--baseline-steps", type=int, help="updates of each baseline, those of sft.pt included "
         "(default: as many as latent has in all three loops)")
     add = p.add_argument_group("ablations").add_argument
-    add("--bag", type=float, default=1.0,
-        help="bag-of-tokens warm-up: its weight λ at the start (default: 1; 0 = off)")
-    add("--bag-until", type=float, default=2.0, help="… reaching 0 at this multiple of --steps "
-        "(default: 2, so that half is left at the end)")
+    add("--mixed", type=float, default=0.5, help="warm-up: share of the rows that begin with "
+        "latents, the means of their tokens (default: 0.5; 0 = plain SFT)")
+    add("--bag", type=float, default=1.0, help="bag-of-tokens loss on α: its weight λ, which "
+        "falls to a half of this (default: 1; 0 = off)")
+    add("--bag-steps", type=int, help="the first of --steps, in which the encoder learns by that "
+        "loss alone")
     add("--follow", type=float, default=1.0, help="weight of the text that is followed to the end "
         "behind one z of each problem (default: 1; 0 = the paper's ℓ_sup alone)")
     add("--local", action="store_true", help="a chunk sees only the z before it and itself, as in "
@@ -47,11 +58,21 @@ def add_flags(p):
 
 # --------------------------------------------------------------------------------------- the ideas
 
-def explicit_loss(llm, seq):
-    """SFT, one pass over X <bot> S <eot> Ans: the mean −log q of the tokens of S and Ans."""
-    x = llm.wte(seq.ids)                                                       # (B, T, C)
+def explicit_loss(llm, seq, bag):
+    """SFT, one pass over X <bot> S <eot> Ans: the mean −log q of the tokens of S and Ans.
+
+    A row that begins with latents has the means of its chunks' embeddings there. bag int64 (B, N, c).
+    """
+    z = superpose_bags(bag, llm.wte.weight)                                    # (B, N, C)
+    x = insert_latents(llm.wte(seq.ids), z, seq.latent)                        # (B, T, C)
     hidden = llm(x, seq.pos, index=seq.predict_index)                          # (B, P, C)
     return weighted_nll(llm.head(hidden), seq.target, seq.loss_weight)
+
+
+def bag_loss(encoder, enc, bag, n_ordinary):
+    """The encoder alone, one pass over the layout `enc`: KL(bag ‖ α). bag int64 (B, N, c)."""
+    alpha = summarize(encoder, enc, n_ordinary)                                # (B, N, n_ordinary)
+    return bag_kl(alpha, bag, enc.n)
 
 
 def sup_loss(encoder, llm, enc, seq, bag, n_ordinary, top_k=0, local=False):
@@ -74,17 +95,24 @@ def sup_loss(encoder, llm, enc, seq, bag, n_ordinary, top_k=0, local=False):
 
 # --------------------------------------------------------------------------------------- the loops
 
-def train_explicit(name, llm, train, val, steps, args, env):
-    """SFT on whole sequences, saved as `name`; the model that was best on validation."""
-    caps = train.caps(args.chunk_size)
+def train_explicit(name, llm, train, val, steps, mixed, args, env):
+    """SFT, saved as `name`; in a share `mixed` of the rows the first chunks are latents.
+
+    Returns the model that was best on validation, thinking in text.
+    """
+    c = args.chunk_size
+    caps = train.caps(c)
     forward = common.compiled(explicit_loss, args)
     optimizer, parameters = common.adamw({llm: args.lr}, env.device)
-    run = common.Run(name, args, env, {"llm": llm}, optimizer, train, steps)
+    run = common.Run(name, args, env, {"llm": llm}, optimizer, train, steps,
+                     depends=("chunk_size", "mixed"))
     for step in run:
         batch = train.train_batch(step, args.batch_size, args.seed, env.rank, env.world)
-        seq = explicit_batch(batch).to(env.device)
+        read = 1 + draw_chunk(batch, c, args.seed, step, env.rank, env.world, 1 - mixed)  # (B,)
+        seq = explicit_batch(batch, c, read).to(env.device)
+        bag = chunk_bags(batch, c).to(env.device)
         with env.autocast():
-            loss = forward(llm, seq)
+            loss = forward(llm, seq, bag)
         loss.backward()
         common.average_gradients(parameters, env.world)
         norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -99,24 +127,29 @@ def train_explicit(name, llm, train, val, steps, args, env):
 
 
 def train_superposition(encoder, llm, train, val, args, env):
-    """ℓ_sup; encoder and LLM learn together."""
+    """The bags, then ℓ_sup, for which encoder and LLM learn together."""
     c, tokenizer, steps = args.chunk_size, env.tokenizer, args.steps
     caps = train.caps(c)
+    forward_bag = common.compiled(bag_loss, args)
     forward = common.compiled(sup_loss, args)
     optimizer, parameters = common.adamw({encoder: args.lr, llm: args.llm_lr}, env.device)
     models = {"encoder": encoder, "llm": llm}
     run = common.Run("sup", args, env, models, optimizer, train, steps, depends=(
-        "chunk_size", "top_k", "llm_lr", "bag", "bag_until", "follow", "local"))
+        "chunk_size", "top_k", "llm_lr", "bag", "bag_steps", "follow", "local"))
     for step in run:
         batch = train.train_batch(step, args.batch_size, args.seed, env.rank, env.world)
-        followed = draw_followed(batch, c, args.seed, step, env.rank, env.world)    # (B,)
+        followed = draw_chunk(batch, c, args.seed, step, env.rank, env.world, NONE)  # (B,)
         enc = encoder_batch(batch, c, tokenizer.sum).to(env.device)
         seq = llm_batch(batch, c, followed, args.follow).to(env.device)
         bag = chunk_bags(batch, c).to(env.device)
         with env.autocast():
-            sup, kl = forward(encoder, llm, enc, seq, bag, tokenizer.n_ordinary, args.top_k,
-                              args.local)
-        bag_weight = args.bag * max(0.0, 1 - step / max(1, args.bag_until * steps))
+            if step < args.bag_steps:  # as long as z means nothing, the LLM has nothing to learn
+                kl = forward_bag(encoder, enc, bag, tokenizer.n_ordinary)
+                sup = torch.zeros_like(kl)
+            else:
+                sup, kl = forward(encoder, llm, enc, seq, bag, tokenizer.n_ordinary, args.top_k,
+                                  args.local)
+        bag_weight = args.bag * (1 - 0.5 * step / steps)
         loss = sup + bag_weight * kl
         loss.backward()
         common.average_gradients(parameters, env.world)
@@ -127,7 +160,9 @@ def train_superposition(encoder, llm, train, val, args, env):
         optimizer.zero_grad(set_to_none=True)
         run.log(loss=loss, sup=sup, bag=kl, norm=norm)
         if run.evaluates:
-            run.save(evaluate(llm, val, env, "gold", caps, encoder, c, args.top_k)["accuracy"])
+            gold, rest = (evaluate(llm, val, env, thought, caps, encoder, c, args.top_k)["accuracy"]
+                          for thought in ("gold", "continue"))
+            run.save((gold + rest) / 2, gold=gold, rest=rest)
 
 
 def train_baselines(llm, train, val, args, env):
@@ -137,9 +172,9 @@ def train_baselines(llm, train, val, args, env):
     common.require_same(args.out / "sft.pt", sft["config"], fingerprint=train.fingerprint, **same)
     explicit = common.build(sft, "llm", env.device)
     steps = max(0, args.baseline_steps - sft["config"]["sft_steps"])
-    train_explicit("explicit", explicit, train, val, steps, args, env)
+    train_explicit("explicit", explicit, train, val, steps, 0.0, args, env)
     train, val = splits(args, env, no_cot=True)
-    train_explicit("no_cot", llm, train, val, args.baseline_steps, args, env)
+    train_explicit("no_cot", llm, train, val, args.baseline_steps, 0.0, args, env)
 
 
 # -------------------------------------------------------------------------------------- the script
@@ -184,7 +219,7 @@ def main(argv=None):
     if args.baselines:
         train_baselines(llm, train, val, args, env)
         return
-    llm = train_explicit("sft", llm, train, val, args.sft_steps, args, env)
+    llm = train_explicit("sft", llm, train, val, args.sft_steps, args.mixed, args, env)
     encoder = copy.deepcopy(llm)
     train_superposition(encoder, llm, train, val, args, env)
 

@@ -1,23 +1,22 @@
 """How fast is each part, and how close to what this machine can do?
 
-    python tests/bench.py                                   # the toy task's sizes, on a GPU if there is one
-    python tests/bench.py --preset gsm8k --json bench.json  # the same tables as JSON, too
-    python tests/bench.py --preset gpt2 --batch-size 32     # GPT-2 124M at GSM8K lengths
-    python tests/bench.py --quick                           # a minute: fewer repeats, no scaling table
+    python tests/bench.py                                # the toy task's sizes, on a GPU if any
+    python tests/bench.py --preset gsm8k --json b.json   # the same tables as JSON, too
+    python tests/bench.py --preset gpt2 --batch-size 32  # GPT-2 124M at GSM8K lengths
+    python tests/bench.py --quick                        # a minute: fewer repeats, no scaling table
 
-Weights and tokens are random, the lengths those of the data; nothing is downloaded and nothing trained.
-Everything compared is timed side by side, in turn, and what is printed are medians. All flags of
-train_sup.py work too.
+Weights and tokens are random, the lengths those of the data; nothing is downloaded and nothing
+trained. Everything compared is timed side by side, in turn, and what is printed are medians. All
+flags of train_sup.py work too.
 
-FLOPs are counted from the shapes: 2 m k n for every product of an (m, k) and a (k, n) matrix that runs,
-forward and backward, padding and masked pairs included, and nothing for the rest (softmax, GELU, norms,
-Adam). For a model that is 24 C² + 4 S C a layer and position (12 C² weights; scores and weighted sum
-over S positions), less in the last layer, where only the positions asked for go on from their keys and
-values; 2 C V for each position with logits, as much for a z over the whole vocabulary; and three times
-that for a training step. tokens/s counts what is real: tokens and latents, without padding.
-
-`data` is the building of batches, which the device waits for: a Python loop over the problems (see
-encoder.py), and its share of a whole training step.
+FLOPs are counted from the shapes: 2 m k n for every product of an (m, k) and a (k, n) matrix that
+runs, forward and backward, padding and masked pairs included, and nothing for the rest (softmax,
+GELU, norms, Adam). For a model that is 24 C² + 4 S C a layer and position (12 C² weights; scores
+and weighted sum over S positions), less in the last layer, where only the positions asked for go on
+from their keys and values; 2 C V for each position with logits, as much for a z over the whole
+vocabulary; and three times that for a training step. tokens/s counts what is real: tokens and
+latents, without padding. `data` is the building of batches, a Python loop over the problems that
+the device waits for, and its share of a whole training step, which should stay under 3 %.
 """
 import json
 import resource
@@ -38,15 +37,16 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import common  # noqa: E402  (the path is set above)
 from data import Problems  # noqa: E402
 from decode import decode, question_prompt  # noqa: E402
-from encoder import (chunk_bags, count_chunks, encoder_batch, explicit_batch,  # noqa: E402
-                     insert_latents, latent_batch, llm_batch, ordinary_softmax, pad, split_chunks,
-                     summarize, supervision_mask)
+from encoder import (Layout, chunk_bags, count_chunks, draw_chunk, encoder_batch,  # noqa: E402
+                     explicit_batch, insert_latents, latent_batch, llm_batch, ordinary_softmax, pad,
+                     split_chunks, summarize, supervision_mask)
 from losses import gumbel_noise, weighted_nll  # noqa: E402
 from model import GPT, GPTConfig  # noqa: E402
 from train_latent import latent_loss  # noqa: E402
 from train_sup import explicit_loss, sup_loss  # noqa: E402
 
-GSM8K = dict(x=(56, 21), s=(24, 11), a=(4, 0), n_ordinary=50256)  # tokens: mean and spread, as measured
+# tokens of a question, a chain and an answer: mean and spread, as measured
+GSM8K = dict(x=(56, 21), s=(24, 11), a=(4, 0), n_ordinary=50256)
 LENGTHS = {
     "toy": dict(x=(36, 1.5), s=(34, 3), a=(4, 0), n_ordinary=403),
     "gsm8k": GSM8K,
@@ -54,14 +54,19 @@ LENGTHS = {
 }
 GPT2 = dict(common.PRESETS["gsm8k"], n_layer=12, n_head=12, n_embd=768, block_size=1024)
 PRESETS = dict(common.PRESETS, gpt2=GPT2)
-AXES = {"length": [1, 2, 4], "chunk size": [8, 4, 2, 1], "batch": [8, 32, 128], "width": [64, 128, 256]}
+AXES = {
+    "length": [1, 2, 4],
+    "chunk size": [8, 4, 2, 1],
+    "batch": [8, 32, 128],
+    "width": [64, 128, 256],
+}
 TRAINING = ("sft", "phase 1", "phase 3")
 
 
-# ----------------------------------------------------------------------------------------- measuring
+# ---------------------------------------------------------------------------------------- measuring
 
 def timed(jobs, repeats, device):
-    """{name: seconds of every repeat}: all jobs in turn; a first round, which compiles, does not count."""
+    """{name: seconds of every repeat}, all jobs in turn; the first round compiles and is dropped."""
     times = {name: [] for name in jobs}
     for _ in range(repeats + 1):
         for name, job in jobs.items():
@@ -92,14 +97,14 @@ def matmul_job(args, device):
 
 
 def peak_memory(device):
-    """MiB: on a GPU of the tensors since the last reset, on a CPU of the process since its start."""
+    """MiB: on a GPU, of the tensors since the last reset; else of the process since its start."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2 ** 20
     unit = 2 ** 20 if sys.platform == "darwin" else 2 ** 10
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
 
-# ---------------------------------------------------------------------------------- what is measured
+# --------------------------------------------------------------------------------- what is measured
 
 def stand_in(n_ordinary):
     """A tokenizer whose texts are numbers, each a token."""
@@ -113,15 +118,17 @@ def stand_in(n_ordinary):
 
 
 def some_problems(tokenizer, count, block_size, x, s, a, scale=1):
-    """Problems of random tokens; lengths with that mean and spread, X and S `scale` times as long."""
+    """Problems of random tokens, their lengths as said; X and S are `scale` times as long."""
     rng = np.random.default_rng(0)
 
     def text(mean, spread, scale, extra, least):
         length = max(least, round(rng.normal(mean, spread) * scale) - extra)
         return " ".join(map(str, rng.integers(0, tokenizer.n_ordinary, length)))
 
-    rows = [dict(question=text(*x, scale, 1, 4), chain=text(*s, scale, 0, 2), answer=text(*a, 1, 2, 1))
-            for _ in range(count)]
+    rows = []
+    for _ in range(count):
+        question, chain = text(*x, scale, 1, 4), text(*s, scale, 0, 2)
+        rows.append(dict(question=question, chain=chain, answer=text(*a, 1, 2, 1)))
     return Problems(rows, tokenizer, block_size)
 
 
@@ -139,7 +146,7 @@ def random_store(folder, problems, c, n_ordinary):
 
 
 class Bench:
-    """Models, data and jobs of one size. Each job runs one batch of each bucket, as training meets them."""
+    """Models, data and jobs of one size. Each job runs one batch of each bucket."""
 
     def __init__(self, args, env, scale=1, count=None):
         lengths = dict(LENGTHS[args.preset])
@@ -149,24 +156,26 @@ class Bench:
                                       scale=scale, **lengths)
         self.batches = [self.problems.batch(np.resize(bucket, args.batch_size), bucket)
                         for bucket in self.problems.buckets]
-        config = GPTConfig(tokenizer.n_vocab, args.block_size, args.n_layer, args.n_head, args.n_embd)
+        config = GPTConfig(tokenizer.n_vocab, *(getattr(args, field) for field in (
+            "block_size", "n_layer", "n_head", "n_embd")))
         self.llm, self.encoder = GPT(config).to(env.device), GPT(config).to(env.device)
         with torch.no_grad():
             # logits of <eot> and <|endoftext|> are 0 and never the largest: only the caps end a row
             self.llm.wte.weight[[tokenizer.eot, tokenizer.eos]] = 0
         self.folder = tempfile.TemporaryDirectory()
         out = Path(self.folder.name)
-        self.store = random_store(out / "latents", self.problems, args.chunk_size, tokenizer.n_ordinary)
+        self.store = random_store(out / "latents", self.problems, args.chunk_size,
+                                  tokenizer.n_ordinary)
         self.open_runs(SimpleNamespace(**{**vars(args), "out": out, "lr": 1e-6, "overwrite": True}))
 
     def open_runs(self, args):
-        """For each phase what its loop holds: the loss, the optimizer with its parameters, the Run."""
+        """What each phase's loop holds: the loss, the optimizer with its parameters, the Run."""
         losses = {"sft": explicit_loss, "phase 1": sup_loss, "phase 3": latent_loss}
         self.forwards, self.optimizers, self.runs = {}, {}, {}
         for name in TRAINING:
             models = [self.encoder, self.llm] if name == "phase 1" else [self.llm]
             self.forwards[name] = common.compiled(losses[name], args)
-            self.optimizers[name] = common.adamw(models, args.lr, self.env.device)
+            self.optimizers[name] = common.adamw(dict.fromkeys(models, args.lr), self.env.device)
             self.runs[name] = common.Run(name, args, self.env, {"llm": self.llm},
                                          self.optimizers[name][0], self.problems, 10 ** 6)
             self.runs[name].bar = tqdm(disable=True)
@@ -177,9 +186,12 @@ class Bench:
         """The data path: what the phase's loop makes of a batch."""
         c, tokenizer = self.args.chunk_size, self.env.tokenizer
         if name == "sft":
-            return (explicit_batch(batch),)
+            read = 1 + draw_chunk(batch, c, 0, 1, none=0.5)                       # (B,)
+            return explicit_batch(batch, c, read), chunk_bags(batch, c)
         if name == "phase 1":
-            return encoder_batch(batch, c, tokenizer.sum), llm_batch(batch, c), chunk_bags(batch, c)
+            followed = draw_chunk(batch, c, 0, 1)                                 # (B,)
+            seq = llm_batch(batch, c, followed)
+            return encoder_batch(batch, c, tokenizer.sum), seq, chunk_bags(batch, c)
         seq = latent_batch(batch, c)
         values, ids = self.store.read(batch.rows, seq.summary_index.size(1))      # (B, N, K)
         return seq, values, ids, gumbel_noise(0, 1, values.shape)
@@ -204,7 +216,7 @@ class Bench:
         common.average_gradients(parameters, self.env.world)
         norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         for group in optimizer.param_groups:
-            group["lr"] = 1e-6 * common.schedule(run.step, run.steps)
+            group["lr"] = group["peak_lr"] * common.schedule(run.step, run.steps)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         run.log(**losses, norm=norm)
@@ -223,15 +235,19 @@ class Bench:
     def compress(self):
         for batch in self.batches:
             enc = encoder_batch(batch, self.args.chunk_size, self.env.tokenizer.sum)
+            enc = enc.to(self.env.device)
             with self.env.autocast():
-                alpha = summarize(self.encoder, enc.to(self.env.device), self.env.tokenizer.n_ordinary)
+                alpha = summarize(self.encoder, enc, self.env.tokenizer.n_ordinary)
             for tensor in alpha.topk(self.store.top_k):
                 tensor.cpu().numpy()
 
     def caps(self, batch, latent):
         """(latents, tokens): as many as the batch's longest chain and answer need."""
-        chain, answer = (max(map(len, texts)) for texts in list(zip(*batch.problems))[1:])
-        return (count_chunks(chain, self.args.chunk_size), answer) if latent else (0, chain + answer)
+        chain = max(len(p.chain) for p in batch.problems)
+        answer = max(len(p.answer) for p in batch.problems)
+        if latent:
+            return count_chunks(chain, self.args.chunk_size), answer
+        return 0, chain + answer
 
     @torch.no_grad()
     def decode(self, latent, batches, caps_of=None):
@@ -252,22 +268,25 @@ class Bench:
 
     def tokens(self, name):
         """Real tokens and latents a job reads, or writes."""
-        c, total = self.args.chunk_size, 0
+        if name.endswith("decoding"):
+            latent = name.startswith("latent")
+            return sum(len(batch.rows) * sum(self.caps(batch, latent)) for batch in self.batches)
+        total = 0
         for batch in self.batches:
-            x, s, a = (r.length[batch.rows] for r in (self.problems.x, self.problems.s, self.problems.a))
-            n, predicted = count_chunks(s, c), np.maximum(s - c, 0)
-            if name.endswith("decoding"):
-                total += len(x) * sum(self.caps(batch, name.startswith("latent")))
+            if name == "compress":
+                inputs = [encoder_batch(batch, self.args.chunk_size, self.env.tokenizer.sum)]
             else:
-                total += {"sft": x + s + a, "phase 1": 2 * x + s + predicted + 2 * n + a,
-                          "compress": x + s + n, "phase 3": x + n + a}[name].sum()
-        return int(total)
+                inputs = self.inputs(name, batch)
+            for x in inputs:
+                if isinstance(x, Layout):  # but for a row's first slot, only padding stands at 0
+                    total += len(x.pos) + int((x.pos > 0).sum())
+        return total
 
 
-# ---------------------------------------------------------- what the layouts and the cache replace
+# --------------------------------------------------------- what the layouts and the cache replace
 
 class Loops(Bench):
-    """The same results the plain way, on the largest bucket; `ratios` checks that they are the same."""
+    """The same results the plain way, on the largest bucket; `check` sees that they are."""
 
     def __init__(self, args, env):
         super().__init__(args, env)
@@ -281,7 +300,7 @@ class Loops(Bench):
         self.llm_passes = [self.llm_pass(batch, i) for i in range(longest)]
 
     def encoder_pass(self, batch, i):
-        """X <bot> S₀ … S_i L of the problems that have a chunk i, and the slot where α_i is predicted."""
+        """X <bot> S₀ … S_i L of the problems that have a chunk i, and where α_i is predicted."""
         texts = []
         for p in batch.problems:
             chunks = split_chunks(p.chain, self.args.chunk_size)
@@ -290,7 +309,7 @@ class Loops(Bench):
         return self.tensor(texts), self.tensor([[len(text) - 1] for text in texts])
 
     def llm_pass(self, batch, i):
-        """X <bot> z₀ … z_i S_{i+1} (or the answer), of the same problems, and what is predicted there."""
+        """X <bot> z₀ … z_i S_{i+1} (or Ans) of these problems, and what is predicted there."""
         rows, ids, latent, index, target, weight = [], [], [], [], [], []
         for row, p in enumerate(batch.problems):
             chunks = split_chunks(p.chain, self.args.chunk_size)
@@ -311,7 +330,7 @@ class Loops(Bench):
 
     def summaries(self):
         with self.env.autocast():
-            alpha = summarize(self.encoder, self.enc, self.env.tokenizer.n_ordinary)  # (B, N, n_ordinary)
+            alpha = summarize(self.encoder, self.enc, self.env.tokenizer.n_ordinary)
         real = torch.arange(alpha.size(1), device=alpha.device) < self.enc.n[:, None]  # (B, N)
         return self.backward(alpha.square().sum(2).where(real, 0).sum())
 
@@ -350,10 +369,10 @@ class Loops(Bench):
 
     @torch.no_grad()
     def cached(self, cached=True, B=16, prompt=56, steps=28):
-        """Explicit decoding at GSM8K's mean lengths, on the KV cache or reading all again at every step."""
-        device, llm = self.env.device, self.llm
-        ids = torch.arange(B * prompt, device=device).view(B, prompt) % self.env.tokenizer.n_ordinary
-        out = []
+        """Explicit decoding at GSM8K's mean lengths, on the cache or reading all anew each step."""
+        llm, out = self.llm, []
+        ids = torch.arange(B * prompt, device=self.env.device) % self.env.tokenizer.n_ordinary
+        ids = ids.view(B, prompt)
         with self.env.autocast():
             x = llm.wte(ids)
             if cached:
@@ -368,8 +387,8 @@ class Loops(Bench):
     def check(self):
         """The loops give what the one pass gives, the cache what reading all again gives."""
         tolerance = 1e-3 if self.args.dtype == "float32" else 5e-2
-        for one, loop in (self.summaries(), self.summaries_loop()), (self.ltsum(), self.ltsum_loop()):
-            torch.testing.assert_close(one, loop, rtol=tolerance, atol=0)
+        for one, loop in (self.summaries, self.summaries_loop), (self.ltsum, self.ltsum_loop):
+            torch.testing.assert_close(one(), loop(), rtol=tolerance, atol=0)
         assert self.args.dtype != "float32" or self.cached() == self.cached(False)
 
     def ratios(self, repeats):
@@ -395,10 +414,10 @@ class Loops(Bench):
                 "latent_over_explicit_one": quotient(times["one latent"], times["one explicit"])}
 
 
-# ---------------------------------------------------------------------------------------- the tables
+# --------------------------------------------------------------------------------------- the tables
 
 def parts_table(bench, repeats):
-    """Speed of every part, and the data path's share of a training step: (FLOP/s of a matmul, table)."""
+    """Speed of every part, and the data path's share of a step: (FLOP/s of a matmul, table)."""
     matmul, matmul_flops = matmul_job(bench.args, bench.env.device)
     jobs, passes, table = bench.jobs(), len(bench.batches), {}
     data = {"data " + name: partial(bench.data_path, name) for name in TRAINING}
@@ -428,12 +447,13 @@ def print_parts(table):
                "data_ms": ("data, ms", 10, ".2f"), "data_share": ("of a step", 11, ".1%")}
     print(" " * 18 + "".join(f"{title:>{width}}" for title, width, _ in columns.values()))
     for name, row in table.items():
-        cells = [f"{row[key]:{width}{style}}" for key, (_, width, style) in columns.items() if key in row]
+        cells = [f"{row[key]:{width}{style}}"
+                 for key, (_, width, style) in columns.items() if key in row]
         print(f"{name:18}" + "".join(cells))
 
 
 def job_memory(bench, name, job):
-    """MiB at most. On a GPU as if this part ran alone: its weights, Adam's moments, what it allocates."""
+    """MiB at most. On a GPU as if it ran alone: its weights, Adam's moments, what it allocates."""
     device = bench.env.device
     if device.type != "cuda":
         return peak_memory(device)
@@ -467,7 +487,8 @@ def scaling_table(args, env, repeats):
     scaling = {}
     for axis, values in AXES.items():
         benches = {value: scaled_bench(axis, value, args, env) for value in values}
-        jobs = {(value, name): job for value in values for name, job in benches[value].jobs().items()}
+        jobs = {(value, name): job
+                for value in values for name, job in benches[value].jobs().items()}
         names = list(benches[values[0]].jobs())
         times = timed(jobs, repeats, env.device)
         print(f"\n{axis + ', ms':18}" + "".join(f"{name:>19}" for name in names))

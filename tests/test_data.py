@@ -2,6 +2,7 @@
 import hashlib
 import http.client
 import io
+import itertools
 import json
 import re
 import time
@@ -16,7 +17,7 @@ import data
 import toy
 from conftest import ROOT
 from data import TOY_SIZE, Problems, UserError, load, numbers, split_of, to_number
-from encoder import (chunk_bags, draw_followed, encoder_batch, explicit_batch, latent_batch,
+from encoder import (chunk_bags, draw_chunk, encoder_batch, explicit_batch, latent_batch,
                      llm_batch)
 
 SAMPLE = ROOT / "tests" / "sample.jsonl"
@@ -35,20 +36,73 @@ def test_every_toy_path_leads_to_the_answer(toy_problems):
     The last result is the answer.
     """
     for p in toy_problems:
-        assert p["chain"] in p["paths"] and len(set(p["paths"])) == 2
+        assert p["chain"] in p["paths"] and len(set(p["paths"])) == 6
         for path in p["paths"]:
-            given = set(re.findall(r"\d+", p["question"]))
+            known = set(re.findall(r"\d+", p["question"]))
             if re.search("double|halve", p["question"]):
-                given.add("2")
+                known.add("2")
             steps = path.split(" ")
-            assert len(steps) in (5, 6)
+            assert len(steps) in (6, 7)
             for step in steps:
-                a, op, b, result = re.fullmatch(r"<<(\d+)([-+*/])(\d+)=(\d+)>>", step).groups()
-                assert a in given and b in given and 1 <= int(result) <= toy.TOP
-                a, b = Fraction(a), Fraction(b)
-                assert {"+": a + b, "-": a - b, "*": a * b, "/": a / b}[op] == int(result)
-                given.add(result)
+                expression, result = re.fullmatch(r"<<([\d+*/-]+)=(\d+)>>", step).groups()
+                assert set(re.findall(r"\d+", expression)) <= known
+                assert eval(expression) == int(result) and 1 <= int(result) <= toy.TOP
+                known.add(result)
             assert result == p["answer"]
+
+
+def steps_by_hand(question):
+    """(free, links) as the words say: the free steps and the clauses after the sum, as (op, k)."""
+    words = {**dict.fromkeys(toy.GAIN, "+"), **dict.fromkeys(toy.LOSS, "-")}
+    free = []
+    for start, verb, k in re.findall(r"has (\d+) \w+ and (\w+)s (\d+)\.", question):
+        free.append((int(start), words[verb], int(k)))
+    clauses = re.search(r"They pool their \w+, (.*)\. How many", question)[1]
+    links = []
+    for clause in re.split(", | and ", clauses):
+        verb, k = clause.split(" ")
+        known = {"double": ("*", 2), "halve": ("/", 2)}
+        links.append(known[verb] if verb in known else (words[verb], int(k)))
+    return free, links
+
+
+def calculate(a, op, b):
+    return {"+": a + b, "-": a - b, "*": a * b, "/": a // b}[op]
+
+
+def test_no_toy_path_is_missed(toy_problems):
+    """Brute force: all orders of all steps in which each comes after those whose results it uses."""
+    for p in toy_problems[:20]:
+        free, links = steps_by_hand(p["question"])
+        total = len(free) + 1 + len(links)
+        found = set()
+        for order in itertools.permutations(range(total)):
+            place = {step: i for i, step in enumerate(order)}
+            if any(place[step] > place[3] for step in range(3)):
+                continue  # the sum needs all three
+            if any(place[step - 1] > place[step] for step in range(4, total)):
+                continue  # each link needs the result before it
+            results, texts = [], []
+            for step in order[:3]:
+                a, op, b = free[step]
+                results.append(calculate(a, op, b))
+                texts.append(f"<<{a}{op}{b}={results[-1]}>>")
+            value = sum(results)
+            texts.append(f"<<{'+'.join(map(str, results))}={value}>>")
+            for op, k in links:
+                texts.append(f"<<{value}{op}{k}={calculate(value, op, k)}>>")
+                value = calculate(value, op, k)
+            found.add(" ".join(texts))
+        assert found == set(p["paths"])
+
+
+@pytest.mark.parametrize("as_told", [0.0, 0.3, 0.8, 1.0])
+def test_a_share_of_the_toy_chains_is_as_told(as_told):
+    chains = list(toy.problems(3, 1000, lambda question: True, as_told))
+    told = sum(p["chain"] == p["paths"][0] for p in chains) / len(chains)
+    assert abs(told - as_told) < 0.05
+    others = {p["paths"].index(p["chain"]) for p in chains} - {0}
+    assert others == (set() if as_told == 1 else {1, 2, 3, 4, 5})
 
 
 def test_toy_splits_are_seeded_and_share_no_question():
@@ -85,7 +139,10 @@ def test_toy_words_and_numbers_are_tokens_and_unknown_words_are_bytes(toy_tokeni
     assert t.encode("ζ") == list("ζ".encode()) and t.encode("QQQ") == list(b"QQQ")
     for p in toy_problems[:100]:
         for step in p["chain"].split(" "):
-            assert len(t.encode(step)) == 7 and len(t.encode(f"{step} {step}")) == 6 + 7
+            numbers_and_signs = re.findall(r"\d+|[^\d<>]", step)
+            length = len(numbers_and_signs) + 2  # << and >>, or between two steps one token for both
+            assert len(t.encode(step)) == length
+            assert len(t.encode(f"{step} {step}")) == 2 * length - 1
         tokens = [t.decode([i]) for i in t.encode(p["question"])]
         assert all(len(token) > 1 for token in tokens if token.isalpha())
 
@@ -183,7 +240,8 @@ def test_what_has_no_chain_is_said(tmp_path, capsys):
     lines = [json.dumps({"question": f"{i} + 1?", "answer": f"It is {i + 1}. #### {i + 1}"})
              for i in range(60)]
     (tmp_path / "train.jsonl").write_text("\n".join(lines))
-    args = SimpleNamespace(data=str(tmp_path), data_dir=None, cot="steps", seed=0, block_size=64)
+    args = SimpleNamespace(data=str(tmp_path), data_dir=None, cot="steps", seed=0, as_told=0.8,
+                           block_size=64)
     env = SimpleNamespace(tokenizer=data.Tokenizer("toy"), rank=0)
     train, val = data.splits(args, env)
     said = capsys.readouterr().out.split(f"{len(train)} without a chain")[0]
@@ -350,7 +408,7 @@ def test_few_fixed_widths(problems, toy_tokenizer):
     for lay_out in (explicit_batch,
                     lambda batch: encoder_batch(batch, 2, toy_tokenizer.sum),
                     lambda batch: llm_batch(batch, 2),
-                    lambda batch: llm_batch(batch, 2, draw_followed(batch, 2, 0, batch.rows[0])),
+                    lambda batch: llm_batch(batch, 2, draw_chunk(batch, 2, 0, batch.rows[0])),
                     lambda batch: latent_batch(batch, 2),
                     lambda batch: [chunk_bags(batch, 2)]):
         shapes = {tuple(tensor.shape for tensor in lay_out(batch)) for batch in batches}

@@ -8,7 +8,8 @@ import torch
 import decode as decoding
 from conftest import VOCAB, random_batch, rows, tiny
 from data import Problems
-from decode import Decoded, decode, evaluate, gold_prompt, question_prompt
+from decode import (Decoded, continuation_prompt, decode, evaluate, gold_prompt, latents_prompt,
+                    question_prompt)
 from encoder import ordinary_softmax, pad, superpose
 from test_encoder import embed, summaries
 
@@ -102,6 +103,48 @@ def test_gold_prompts_are_the_summaries_of_the_chain(c, top_k, block_size):
         torch.testing.assert_close(x[b, :length[b]], prompt, rtol=0, atol=1e-6)  # α is float32
         expected = decode_one(llm, prompt, max_tokens=10)
         assert (out.tokens[b], 0, bool(out.capped[b])) == expected
+
+
+@pytest.mark.parametrize("c", [1, 2, 4])
+def test_continuation_prompts_end_after_k_summaries(c):
+    """k = 0 … n in turn over the problems, and no <eot>: the model goes on by itself."""
+    encoder, llm = tiny(0), tiny(1)
+    batch = random_batch([5, 0, 8, 1, 8, 8, 3])
+    env = SimpleNamespace(tokenizer=VOCAB, device="cpu")
+    x, length = continuation_prompt(llm, encoder, batch, env, c, 0)
+    for b, (X, S, _) in enumerate(rows(batch, c)):
+        k = b % (len(S) + 1)
+        z = [superpose(alpha.float(), llm.wte.weight)[None] for alpha in summaries(encoder, X, S)]
+        prompt = torch.cat([embed(llm, X), *z[:k]])
+        torch.testing.assert_close(x[b, :length[b]], prompt, rtol=0, atol=1e-6)
+
+
+def test_a_chain_is_cut_where_the_model_ends():
+    llm = tiny(1, block_size=10)
+    batch = random_batch([0, 0], question_lengths=[3, 7])
+    z = torch.randn(2, 9, 16, dtype=torch.float64)
+    x, length = latents_prompt(llm, batch, z, [9, 9], [VOCAB.eot], "cpu")
+    assert length.tolist() == [10, 10]
+    for b, (X, _, _) in enumerate(rows(batch, 1)):
+        expected = [embed(llm, X), z[b, :9 - len(X)], embed(llm, [VOCAB.eot])]
+        assert torch.equal(x[b], torch.cat(expected))
+
+
+def test_a_q_that_is_returned_is_fed_in_place_of_the_models_own():
+    """Fed its own q it decodes as before; fed a token's, as if that token had been written."""
+    llm, x, length = speaker(3)
+    own = decode(llm, VOCAB, x, length, latent=True, max_latents=6)
+    same = decode(llm, VOCAB, x, length, latent=True, max_latents=6,
+                  on_latent=lambda step, q, rows: q)
+    assert same.tokens == own.tokens
+    one_hot = torch.eye(VOCAB.n_ordinary)[5].expand(len(x), -1)
+    forced = decode(llm, VOCAB, x, length, latent=True, max_latents=1,
+                    on_latent=lambda step, q, rows: one_hot)
+    for b in (forced.latents == 1).nonzero()[:, 0].tolist():
+        prompt = torch.cat([x[b, :length[b]], embed(llm, [5, VOCAB.eot])])
+        if forced.capped[b]:
+            assert forced.tokens[b][1:] == decode_one(llm, prompt, max_tokens=63)[0]
+    assert (forced.latents == 1).any()
 
 
 def test_latent_steps_can_be_watched():

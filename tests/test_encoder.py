@@ -4,10 +4,11 @@ import pytest
 import torch
 
 from conftest import VOCAB, close, random_batch, rows, tiny
-from encoder import (chunk_bags, count_chunks, draw_followed, encoder_batch, explicit_batch,
+from encoder import (chunk_bags, count_chunks, draw_chunk, encoder_batch, explicit_batch,
                      induction_mask, insert_latents, latent_batch, llm_batch,
                      local_supervision_mask, ordinary_softmax, summarize, superpose,
-                     superpose_sparse, supervision_mask, top_k_renormalized)
+                     superpose_bags, superpose_sparse, supervision_mask,
+                     top_k_renormalized)
 
 SIZES = [1, 2, 3, 4]
 CHAINS = [7, 0, 4, 1, 8, 2]  # short last chunks, less than a chunk, and no chain, in one batch
@@ -131,6 +132,26 @@ def test_explicit_layout_is_the_text_itself():
 
 @pytest.mark.parametrize("c", SIZES)
 def test_some_latents_then_the_rest_as_text(c):
+    """The explicit layout after 0 … n chunks as latents: a plain pass over X z₀ … S_k … Ans."""
+    llm = tiny(1)
+    batch = random_batch(CHAINS)
+    n = count_chunks(np.array(CHAINS), c)
+    for read_chunks in np.zeros_like(n), n, n // 2, np.maximum(n - 1, 0):
+        seq = explicit_batch(batch, c, read_chunks)
+        z = random_latents(seq) if seq.n.any() else torch.zeros(len(n), 1, 16).double()
+        x = insert_latents(llm.wte(seq.ids), z, seq.latent)
+        hidden = llm(x, seq.pos, index=seq.predict_index)
+        for b, (X, S, answer) in enumerate(rows(batch, c)):
+            k = read_chunks[b]
+            written = sum(S[k:], []) + answer
+            real = seq.loss_weight[b] > 0
+            close(hidden[b][real], continuation(llm, X, z[b, :k], written))
+            assert seq.target[b][real].tolist() == written
+            close(seq.loss_weight[b][real], torch.full((len(written),), 1 / len(written)), 1e-7)
+
+
+@pytest.mark.parametrize("c", SIZES)
+def test_a_text_followed_to_the_end_equals_a_pass_for_it(c):
     """Whatever the chunk k that is followed: a plain pass over X z₀ … z_k S_{k+1} … S_{n-1} Ans.
 
     The other chunks are predicted as if it were not there.
@@ -167,15 +188,20 @@ def test_some_latents_then_the_rest_as_text(c):
 
 def test_the_chunk_to_follow_is_drawn_evenly_and_anew():
     batch = random_batch([7, 0, 4] * 100)
-    drawn = np.array([draw_followed(batch, 2, seed=0, step=step) for step in range(50)])
+    drawn = np.array([draw_chunk(batch, 2, seed=0, step=step) for step in range(50)])
     for row, n in (0, 4), (1, 0), (2, 2):
         values, counts = np.unique(drawn[:, row::3], return_counts=True)
         assert values.tolist() == list(range(-1, n))
         mean = 5000 / (n + 1)
         assert (np.abs(counts - mean) < 5 * np.sqrt(mean)).all()
-    assert (drawn[3] == draw_followed(batch, 2, seed=0, step=3)).all()
-    assert (drawn[3] != draw_followed(batch, 2, seed=1, step=3)).any()
+    assert (drawn[3] == draw_chunk(batch, 2, seed=0, step=3)).all()
+    assert (drawn[3] != draw_chunk(batch, 2, seed=1, step=3)).any()
     assert (drawn[3] != drawn[4]).any()
+    parts = [draw_chunk(random_batch([7, 0] * 50), 2, 0, 3, rank, 2) for rank in (0, 1)]
+    whole = draw_chunk(random_batch([7, 7, 0, 0] * 50), 2, 0, 3)
+    assert (np.stack(parts, 1).ravel() == whole).all()  # two processes draw what one does
+    half = draw_chunk(batch, 2, seed=0, step=3, none=0.5)[::3]
+    assert 35 < (half == -1).sum() < 85 and set(half) == {-1, 0, 1, 2, 3}
 
 
 @pytest.mark.parametrize("c", SIZES)
@@ -337,6 +363,16 @@ def test_one_hot_alpha_is_the_token_embedding():
     for z in (superpose(alpha, E), superpose(alpha, E, 1), superpose(alpha, E, 5),
               superpose_sparse(ones, v[None, :, None], E)):
         assert torch.equal(z[0], E[v])
+
+
+@pytest.mark.parametrize("c", SIZES)
+def test_the_z_of_a_bag_is_the_mean_of_its_embeddings(c):
+    E = torch.randn(VOCAB.n_vocab, 16).double()
+    batch = random_batch(CHAINS)
+    z = superpose_bags(chunk_bags(batch, c), E)
+    for b, (_, S, _) in enumerate(rows(batch, c)):
+        for i, chunk in enumerate(S):
+            close(z[b, i], E[torch.tensor(chunk)].mean(0))
 
 
 def test_sparse_superposition_equals_dense():

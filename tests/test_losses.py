@@ -24,15 +24,19 @@ def log_q(llm, x):
 
 # ------------------------------------------------------------------------------------------ phase 1
 
-def test_explicit_loss():
+@pytest.mark.parametrize("read", [[0, 0, 0, 0], [4, 0, 1, 1], [2, 0, 2, 0]])
+def test_explicit_loss(read):
+    """The mean −log q of all that is written after X and the means of the chunks read as latents."""
     llm = tiny(0)
     batch = random_batch(CHAINS)
     total = 0
-    for X, S, answer in rows(batch, 2):
-        written = sum(S, []) + answer
-        q = log_q(llm, embed(llm, X + written))
-        total += sum(-q[len(X) + t - 1, token] for t, token in enumerate(written)) / len(written)
-    loss = explicit_loss(llm, explicit_batch(batch))
+    for k, (X, S, answer) in zip(read, rows(batch, 2)):
+        z = [embed(llm, chunk).mean(0, keepdim=True) for chunk in S[:k]]
+        written = sum(S[k:], []) + answer
+        q = log_q(llm, torch.cat([embed(llm, X), *z, embed(llm, written)]))
+        start = len(X) + k - 1
+        total += sum(-q[start + t, token] for t, token in enumerate(written)) / len(written)
+    loss = explicit_loss(llm, explicit_batch(batch, 2, read), chunk_bags(batch, 2))
     close(loss.double(), total / len(CHAINS), 1e-5)
 
 

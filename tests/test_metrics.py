@@ -4,7 +4,8 @@ import math
 import pytest
 import torch
 
-from metrics import ecr, mean, measure_ecr, orders, parallelism, shape, spans, wilson
+from metrics import (ecr, mean, measure_ecr, parallelism, shape, span_mass, span_shares, spans,
+                     wilson)
 
 V = 40  # ids of the vocabulary here
 
@@ -200,14 +201,36 @@ def test_nothing_that_tells_the_paths_apart_is_undefined():
     assert math.isnan(covered)
 
 
-def test_orders():
-    """The mass on each path's own tokens; NaN where they have none."""
-    mass = orders(*top({1: .5, 2: .2, 5: .2, 6: .1}, {3: 1}, even(9, 8)), path(A, B))
+def test_span_mass():
+    """The mass on the tokens that no different span has; NaN where the paths do not differ."""
+    mass = span_mass(*top({1: .5, 2: .2, 5: .2, 6: .1}, {3: 1}, even(9, 8)), path(A, B))
     assert mass[0, :, 0].tolist() == pytest.approx([.7, .3])
     assert mass[0, :, 1].tolist() == pytest.approx([1, 0])
     assert mass[0, :, 2].isnan().all()
-    shared = orders(*top({1: .5, 2: .5}), path([[1, 2]], [[1, 6]]))  # token 1 is of both
+    shared = span_mass(*top({1: .5, 2: .5}), path([[1, 2]], [[1, 6]]))  # token 1 is of both
     assert shared[0, :, 0].tolist() == pytest.approx([.5, 0])
+    inside = span_mass(*top({1: .5, 2: .5}), path([[1]], [[1, 6]]))  # nothing is the first one's own
+    assert inside.isnan().all()
+
+
+def test_paths_of_one_span_have_its_mass_together():
+    """Six orders of three steps begin with only three different spans."""
+    three = path([[1], [2]], [[1], [3]], [[2], [1]], [[2], [3]], [[3], [1]], [[3], [2]])
+    values, ids = top({1: .6, 2: .3, 3: .1}, even(2))
+    mass = span_mass(values, ids, three)
+    assert mass[0, :, 0].tolist() == pytest.approx([.6, .6, .3, .3, .1, .1])
+    leading, effective = span_shares(mass, three)
+    entropy = -sum(p * math.log(p) for p in (.6, .3, .1))
+    assert leading[0].tolist() == pytest.approx([.6, 1])
+    assert effective[0].tolist() == pytest.approx([math.exp(entropy), 1])
+
+
+def test_shares_of_no_mass_are_undefined():
+    mass = span_mass(*top({7: 1}, {3: .5, 7: .5}, even(9, 8)), path(A, B))
+    leading, effective = span_shares(mass, path(A, B))
+    assert leading[0].isnan().tolist() == effective[0].isnan().tolist() == [True, False, True]
+    assert leading[0, 1] == 0.5 and effective[0, 1] == pytest.approx(2)
+
 
 
 # ------------------------------------------------------------------------------------------ shape

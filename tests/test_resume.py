@@ -214,8 +214,7 @@ def test_a_stopped_run_remembers_its_best_score(tmp_path, monkeypatch):
     (["--llm-lr", "0.1"], "llm_lr = 0.1, here it is 0.001"),
     (["--local"], "local = True, here it is False"),
     (["--top-k", "5"], "top_k = 5, here it is 0"),
-    (["--chunk-size", "3"], "chunk_size = 3, here it is 2"),
-], ids=["bag", "bag-until", "follow", "llm-lr", "local", "top-k", "chunk-size"])
+], ids=["bag", "bag-until", "follow", "llm-lr", "local", "top-k"])
 def test_a_loop_checks_only_what_made_it(tmp_path, monkeypatch, flags, says):
     """Flags of ℓ_sup may change while only SFT is done, and not once ℓ_sup has begun."""
     command = [*TINY, "--out", str(tmp_path), "--resume"]
@@ -237,6 +236,22 @@ def test_a_loop_checks_only_what_made_it(tmp_path, monkeypatch, flags, says):
     train_sup.main([*command, *flags])
     assert load(tmp_path / "sup.state.pt")["step"] == 4
     assert (tmp_path / "sft.pt").read_bytes() == explicit
+
+
+@pytest.mark.parametrize("flags, says", [
+    (["--mixed", "0"], "mixed = 0.5, here it is 0.0"),
+    (["--chunk-size", "3"], "chunk_size = 2, here it is 3"),
+    (["--lr", "0.1"], "lr = 0.004, here it is 0.1"),
+], ids=["mixed", "chunk-size", "lr"])
+def test_a_loop_checks_all_that_made_it(tmp_path, monkeypatch, flags, says):
+    """Flags of the warm-up may not change once it has begun."""
+    command = [*TINY, "--out", str(tmp_path), "--resume"]
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        dies_after(patch, "save", right_after_a_save)
+        train_sup.main(command)
+    with pytest.raises(data.UserError, match=says):
+        train_sup.main([*command, *flags])
+    train_sup.main(command)
 
 
 def test_an_interrupted_store_is_finished_byte_for_byte(tmp_path, monkeypatch):
