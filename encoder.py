@@ -343,14 +343,21 @@ def superpose_sparse(values, ids, E):
     return z.view(*shape, -1)  # (..., C)
 
 
-def superpose_bags(bag, E):
-    """The plainest z: the mean of a chunk's token embeddings. bag int64 (B, N, c) -> (B, N, C).
+def bag_weights(bag, dtype=torch.float32):
+    """The weights of a chunk's tokens in its bag: (B, N, c), falling, of sum 1; 0 past its end.
 
-    It is the superposition whose α is the distribution of a token drawn from the chunk.
+    They fall as m, m − 1, …, 1 over a chunk of m tokens, so that a bag still tells their order.
+    bag int64 (B, N, c): the chunks' tokens, -1 past their ends.
     """
     real = bag >= 0                                                       # (B, N, c)
-    values = real.to(E.dtype) / real.sum(2, keepdim=True).clamp(min=1)    # (B, N, c)
-    return superpose_sparse(values, bag.clamp(min=0), E)
+    rank = real.sum(2, keepdim=True) - torch.arange(bag.size(2), device=bag.device)
+    weight = rank.clamp(min=0).to(dtype)                                  # (B, N, c)
+    return weight / weight.sum(2, keepdim=True).clamp(min=1)
+
+
+def superpose_bags(bag, E):
+    """The plainest z, made without an encoder: α is the chunk's bag. (B, N, c) -> (B, N, C)."""
+    return superpose_sparse(bag_weights(bag, E.dtype), bag.clamp(min=0), E)
 
 
 def insert_latents(x, z, latent):

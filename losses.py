@@ -13,6 +13,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from encoder import bag_weights
+
 
 def weighted_nll(logits, target, weight):
     """Σ weight · −log p(target), mean over the batch. logits (B, P, V), target and weight (B, P).
@@ -26,16 +28,16 @@ def weighted_nll(logits, target, weight):
 
 
 def bag_kl(alpha, bag, n):
-    """KL(bag_i ‖ α_i), bag_i the distribution of a token drawn from chunk i (DESIGN 4).
+    """KL(bag_i ‖ α_i): bag_i has the tokens of chunk i with the weights of encoder.bag_weights.
 
     alpha (B, N, n_ordinary); bag int64 (B, N, c): the chunks, -1 past their ends; n (B,).
     """
-    real = bag >= 0                                                            # (B, N, c)
-    size = real.sum(2).clamp(min=1)                                            # (B, N)
-    log_alpha = alpha.gather(2, bag.clamp(min=0)).clamp(min=1e-9).log()        # (B, N, c)
-    count = (bag[:, :, :, None] == bag[:, :, None, :]).sum(3)                  # (B, N, c)
-    log_bag = (count / size[:, :, None]).log()                                 # (B, N, c)
-    kl = (log_bag - log_alpha).where(real, 0).sum(2) / size                    # (B, N)
+    weight = bag_weights(bag, alpha.dtype)                                     # (B, N, c)
+    same = bag[:, :, :, None] == bag[:, :, None, :]                            # (B, N, c, c)
+    in_bag = (same * weight[:, :, None, :]).sum(3)                             # (B, N, c)
+    in_alpha = alpha.gather(2, bag.clamp(min=0)).clamp(min=1e-9)               # (B, N, c)
+    log_ratio = in_bag.clamp(min=1e-9).log() - in_alpha.log()                  # (B, N, c)
+    kl = (weight * log_ratio).sum(2)                                           # (B, N)
     return (kl.sum(1) / n.clamp(min=1)).mean()
 
 

@@ -8,8 +8,8 @@ to read them.
     torchrun --nproc-per-node 2 train_sup.py …                 # several GPUs
 
 First a warm-up, supervised fine-tuning (SFT) on X <bot> S <eot> Ans, kept as sft.pt: an LLM that thinks
-in text. In half of its rows the first chunks are given as the plainest latents there are, the means of
-their tokens' embeddings, so that it can read z before an encoder writes any.
+in text. In half of its rows the first chunks are given as the plainest latents there are, weighted
+means of their tokens' embeddings, so that it can read z before an encoder writes any.
 
 Encoder and LLM then start as copies of it. For a few updates the encoder alone learns that α_i should
 hold the tokens of chunk S_i. Then both learn together: the encoder turns S_i into α_i, and the LLM,
@@ -45,7 +45,7 @@ def add_flags(p):
         "(default: as many as latent has in all three loops)")
     add = p.add_argument_group("ablations").add_argument
     add("--mixed", type=float, default=0.5, help="warm-up: share of the rows that begin with "
-        "latents, the means of their tokens (default: 0.5; 0 = plain SFT)")
+        "latents, their chunks' weighted means (default: 0.5; 0 = plain SFT)")
     add("--bag", type=float, default=1.0, help="bag-of-tokens loss on α: its weight λ, which "
         "falls to a half of this (default: 1; 0 = off)")
     add("--bag-steps", type=int, help="the first of --steps, in which the encoder learns by that "
@@ -61,7 +61,7 @@ def add_flags(p):
 def explicit_loss(llm, seq, bag):
     """SFT, one pass over X <bot> S <eot> Ans: the mean −log q of the tokens of S and Ans.
 
-    A row that begins with latents has the means of its chunks' embeddings there. bag int64 (B, N, c).
+    A row that begins with latents has those of its chunks' bags there. bag int64 (B, N, c).
     """
     z = superpose_bags(bag, llm.wte.weight)                                    # (B, N, C)
     x = insert_latents(llm.wte(seq.ids), z, seq.latent)                        # (B, T, C)

@@ -66,7 +66,7 @@ TRAINING = ("sft", "phase 1", "phase 3")
 # ---------------------------------------------------------------------------------------- measuring
 
 def timed(jobs, repeats, device):
-    """{name: seconds of every repeat}, all jobs in turn; the first round compiles and is dropped."""
+    """{name: seconds of every repeat}, all jobs in turn; a first round is not counted."""
     times = {name: [] for name in jobs}
     for _ in range(repeats + 1):
         for name, job in jobs.items():

@@ -34,7 +34,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 SCRIPTS = {
     "train_sup.py": "--n-layer 1 --n-embd 16 --n-head 1 --batch-size 8 --sft-steps 60 --steps 60 "
-                    "--eval-every 1",
+                    "--bag-steps 20 --eval-every 1",
     "compress.py": "--batch-size 8",
     "train_latent.py": "--steps 120 --batch-size 8 --eval-every 1",
     "analyze.py": "--batch-size 4",

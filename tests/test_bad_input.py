@@ -19,7 +19,7 @@ import train_sup
 from conftest import ROOT
 
 TINY = ["--n-layer", "1", "--n-embd", "16", "--n-head", "1", "--batch-size", "8",
-        "--sft-steps", "1", "--steps", "1"]
+        "--sft-steps", "1", "--steps", "1", "--bag-steps", "0"]
 FEW = {"train": 32, "val": 8, "test": 8}
 GOOD = '{"question": "What is 1 + 1?", "answer": "<<1+1=2>>\\n#### 2"}'
 SCRIPTS = {"train_sup": train_sup, "compress": compress, "train_latent": train_latent,
@@ -123,6 +123,7 @@ def test_a_byte_order_mark_crlf_and_blank_lines_are_nothing(tmp_path, content):
     (["--as-told", -0.5], "--as-told -0.5"),
     (["--follow", -1], "--follow -1"),
     (["--mixed", -1], "--mixed -1"),
+    (["--bag-steps", -1], "--bag-steps -1"),
     (["--llm-lr", "nan"], "--llm-lr nan"),
     (["--seed", -1], "--seed -1"),
     (["--top-k", -1], "--top-k -1"),

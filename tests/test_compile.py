@@ -16,7 +16,8 @@ from data import Problems
 from encoder import Layout
 from model import GPT, GPTConfig
 
-C, BATCH, K, STEPS = 2, 4, 5, 30  # chunk size, batch size, entries of α, updates
+C, BATCH, K = 2, 4, 5      # chunk size, batch size, entries of α
+STEPS, BAG_STEPS = 30, 12  # updates: five epochs; those of the bags: two
 
 
 @pytest.fixture
@@ -43,30 +44,30 @@ class Watch:
     """torch.compile that counts its graphs, and compares each compiled call to a plain one."""
 
     def __init__(self, monkeypatch):
-        self.compiler, self.made = torch.compile, 0
-        self.widths = []  # of each call
-        self.graphs = []  # how many there were after it
+        self.compiler = torch.compile
+        self.calls = {}  # name of a function: for each of its calls (widths, graphs made so far)
         dynamo.reset()
         dynamo.utils.counters.clear()
         monkeypatch.setattr(torch, "compile", self.compile)
 
-    def backend(self, graph, inputs):
-        self.made += 1
-        return graph
-
     def compile(self, function, **options):
-        compiled = self.compiler(function, backend=self.backend, **options)
+        made, calls = [], []
+
+        def backend(graph, inputs):
+            made.append(graph)
+            return graph
 
         def compared(*inputs):
             with torch.no_grad():
                 plain = function(*inputs)
             found = compiled(*inputs)
             torch.testing.assert_close(found, plain, rtol=0, atol=1e-5)
-            shapes = [x.ids.shape for x in inputs if isinstance(x, Layout)]
-            self.widths.append(tuple(shapes))
-            self.graphs.append(self.made)
+            widths = tuple(x.ids.shape for x in inputs if isinstance(x, Layout))
+            calls.append((widths, len(made)))
             return found
 
+        compiled = self.compiler(function, backend=backend, **options)
+        self.calls[function.__name__] = calls
         return compared
 
 
@@ -76,8 +77,8 @@ def run(phase, problems, tokenizer, out):
     llm, encoder = GPT(config), GPT(config)
     args = SimpleNamespace(
         out=out, lr=1e-3, llm_lr=1e-3, resume=False, overwrite=False, compile=True, seed=0,
-        batch_size=BATCH, eval_every=10, steps=STEPS, chunk_size=C, top_k=0, bag=1.0, bag_until=2.0,
-        follow=1.0, local=False, noise=1.0)
+        batch_size=BATCH, eval_every=10, steps=STEPS, chunk_size=C, top_k=0, bag=1.0,
+        bag_steps=BAG_STEPS, follow=1.0, local=False, noise=1.0)
     env = SimpleNamespace(
         device=torch.device("cpu"), rank=0, world=1, config={}, tokenizer=tokenizer,
         autocast=lambda: torch.autocast("cpu", enabled=False))
@@ -99,14 +100,20 @@ class EvenStore:
         return torch.full(shape, 1 / K), torch.arange(K).expand(shape).contiguous()
 
 
-@pytest.mark.parametrize("phase", ["sft", "sup", "latent"])
-def test_as_many_graphs_as_widths(phase, problems, tokenizer, tmp_path, monkeypatch):
+@pytest.mark.parametrize("phase, updates", [
+    ("sft", {"explicit_loss": STEPS}),
+    ("sup", {"bag_loss": BAG_STEPS, "sup_loss": STEPS - BAG_STEPS}),
+    ("latent", {"latent_loss": STEPS}),
+])
+def test_as_many_graphs_as_widths(phase, updates, problems, tokenizer, tmp_path, monkeypatch):
     torch.manual_seed(0)
     watch = Watch(monkeypatch)
     run(phase, problems, tokenizer, tmp_path)
-    assert len(watch.graphs) == STEPS
-    assert len(set(watch.widths)) == len(problems.buckets) == 3
+    assert {name: len(calls) for name, calls in watch.calls.items()} == updates
     assert not dynamo.utils.counters["graph_break"]
-    assert watch.graphs[-1] == 3, "one graph a width"
     per_epoch = len(problems) // BATCH
-    assert set(watch.graphs[per_epoch - 1:]) == {3}, "and none after each was met once"
+    for name, calls in watch.calls.items():
+        assert len({widths for widths, _ in calls}) == len(problems.buckets) == 3
+        graphs = [made for _, made in calls]
+        assert graphs[-1] == 3, f"{name}: one graph a width"
+        assert set(graphs[per_epoch - 1:]) == {3}, f"{name}: and none after each was met once"

@@ -20,7 +20,7 @@ import train_sup
 from conftest import ROOT
 
 TINY = ["--n-layer", "1", "--n-embd", "16", "--n-head", "2", "--batch-size", "8", "--lr", "1e-3",
-        "--sft-steps", "4", "--steps", "4", "--eval-every", "2"]
+        "--sft-steps", "4", "--steps", "4", "--bag-steps", "1", "--eval-every", "2"]
 FEW = {"train": 64, "val": 8, "test": 8}
 START = f"""
 import common, data, sys, train_latent, train_sup

@@ -12,7 +12,7 @@ import train_latent
 import train_sup
 
 TINY = ["--n-layer", "1", "--n-embd", "16", "--n-head", "1", "--batch-size", "8",
-        "--sft-steps", "4", "--steps", "4", "--eval-every", "2"]
+        "--sft-steps", "4", "--steps", "4", "--bag-steps", "1", "--eval-every", "2"]
 LATENT = ["--batch-size", "8", "--steps", "4", "--eval-every", "2"]
 LOOPS = ("sft", "sup", "latent")
 ARRAYS = ("values.npy", "ids.npy", "offsets.npy")
@@ -209,12 +209,12 @@ def test_a_stopped_run_remembers_its_best_score(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("flags, says", [
     (["--bag", "0.5"], "bag = 0.5, here it is 1.0"),
-    (["--bag-until", "1"], "bag_until = 1.0, here it is 2.0"),
+    (["--bag-steps", "2"], "bag_steps = 2, here it is 1"),
     (["--follow", "0"], "follow = 0.0, here it is 1.0"),
-    (["--llm-lr", "0.1"], "llm_lr = 0.1, here it is 0.001"),
+    (["--llm-lr", "0.1"], "llm_lr = 0.1, here it is "),
     (["--local"], "local = True, here it is False"),
     (["--top-k", "5"], "top_k = 5, here it is 0"),
-], ids=["bag", "bag-until", "follow", "llm-lr", "local", "top-k"])
+], ids=["bag", "bag-steps", "follow", "llm-lr", "local", "top-k"])
 def test_a_loop_checks_only_what_made_it(tmp_path, monkeypatch, flags, says):
     """Flags of ℓ_sup may change while only SFT is done, and not once ℓ_sup has begun."""
     command = [*TINY, "--out", str(tmp_path), "--resume"]
@@ -241,7 +241,7 @@ def test_a_loop_checks_only_what_made_it(tmp_path, monkeypatch, flags, says):
 @pytest.mark.parametrize("flags, says", [
     (["--mixed", "0"], "mixed = 0.5, here it is 0.0"),
     (["--chunk-size", "3"], "chunk_size = 2, here it is 3"),
-    (["--lr", "0.1"], "lr = 0.004, here it is 0.1"),
+    (["--lr", "0.1"], "lr = .*, here it is 0.1"),
 ], ids=["mixed", "chunk-size", "lr"])
 def test_a_loop_checks_all_that_made_it(tmp_path, monkeypatch, flags, says):
     """Flags of the warm-up may not change once it has begun."""

@@ -17,7 +17,7 @@ from data import Problems, UserError, load
 from encoder import encoder_batch, summarize, top_k_renormalized
 
 TINY = ["--n-layer", "1", "--n-embd", "16", "--n-head", "1", "--batch-size", "8",
-        "--sft-steps", "2", "--steps", "2"]
+        "--sft-steps", "2", "--steps", "2", "--bag-steps", "1"]
 # of the toy task: drawing all its problems takes longer than two steps
 FEW = {"train": 64, "val": 8, "test": 8}
 START = f"""
