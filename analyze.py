@@ -248,7 +248,7 @@ def load_baselines(args, env):
             print(f"left out: there is no {path}{hint}")
             continue
         checkpoints[file] = common.load_checkpoint(path)
-        same = {field: env.config[field] for field in ("data", "cot", "as_told", "seed")}
+        same = {field: env.config[field] for field in ("data", "cot", "renumber", "as_told", "seed")}
         common.require_same(path, checkpoints[file]["config"], **same)
     return checkpoints
 
@@ -297,7 +297,10 @@ def rounded(report):
 
 def main(argv=None):
     p = common.parser(__doc__, "analyze")
-    p.add_argument("--limit", type=int, help="how many test problems (default: all)")
+    p.add_argument("--limit", type=int, help="how many problems (default: all)")
+    p.add_argument("--split", choices=["test", "val", "renumbered"], default="test",
+                   help="test (default); val: held-out training problems; renumbered: the training "
+                   "problems with numbers that training never had (GSM8K)")
     p.add_argument("--ask", metavar="QUESTION",
                    help="answer this question in latents and show each of them")
     p.set_defaults(batch_size=128)
@@ -313,11 +316,12 @@ def main(argv=None):
              "latent": stored if args.top_k is None else args.top_k}
     if args.ask is not None:
         return ask(args, env, llm, caps, top_k["latent"])
-    train, test = splits(args, env, ["train", "test"])
+    train, test = splits(args, env, ["train", args.split])
     common.require_same(args.out / "sup.pt", sup["config"], fingerprint=train.fingerprint)
     checkpoints = {"latent": latent, "sup": sup, **load_baselines(args, env)}
     configs = {file: checkpoint["config"] for file, checkpoint in checkpoints.items()}
     paths = known_paths(test.problems[:args.limit], args.data, args.data_dir, args.cot)
+    report_path = args.out / ("report" if args.split == "test" else f"report-{args.split}")
 
     # measure
     R = min(len(test), args.limit or len(test))
@@ -338,10 +342,10 @@ def main(argv=None):
     # write
     report = rounded(report)
     html = page(report, pictures(setting, chains, bag))
-    common.write(args.out / "report.json", lambda f: f.write(json.dumps(report, indent=1).encode()))
+    common.write_json(report_path.with_suffix(".json"), report)
     # a question may hold half of a character, which UTF-8 cannot
-    common.write(args.out / "report.html", lambda f: f.write(html.encode("utf-8", "replace")))
-    print(f"wrote {args.out / 'report.html'} and report.json")
+    common.write(report_path.with_suffix(".html"), lambda f: f.write(html.encode("utf-8", "replace")))
+    print(f"wrote {report_path}.html and .json")
 
 
 if __name__ == "__main__":

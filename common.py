@@ -1,7 +1,8 @@
-"""Bookkeeping that the scripts share: flags, device, files, the store, resuming, the log, processes.
+"""Bookkeeping that the scripts share: flags, device, files, the store, resuming, log, processes.
 
 Nothing about latents is decided here, and nothing is learned: a script's own loop does that. In
-reading order: defaults and flags, the set-up of a script, files, the store of phase 2, a training run.
+reading order: defaults and flags, the set-up of a script, several processes, files, the store of
+phase 2, a training run.
 """
 import argparse
 import contextlib
@@ -26,10 +27,10 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 import toy
-from data import Tokenizer, UserError
+from data import Tokenizer, UserError, load, vocabulary_texts
 from model import GPT, GPT2, GPTConfig
 
-# --------------------------------------------------------------------------------- defaults and flags
+# ------------------------------------------------------------------------------- defaults and flags
 
 PRESETS = {  # the defaults that depend on --data; "gsm8k" serves everything but the toy task
     "toy": dict(
@@ -47,11 +48,11 @@ PRESETS = {  # the defaults that depend on --data; "gsm8k" serves everything but
 }
 SHAPE = ("n_layer", "n_head", "n_embd", "block_size")
 # what a later phase takes over from phase 1, and may not contradict
-INHERITED = ("data", "data_dir", "cot", "as_told", "seed", "chunk_size", *SHAPE)
+INHERITED = ("data", "data_dir", "cot", "renumber", "as_told", "seed", "chunk_size", *SHAPE)
 
 
 def parser(doc, phase):
-    """The flags that every script takes, and those of this phase: sup, compress, latent or analyze."""
+    """The flags of every script, and those of this phase: sup, compress, latent or analyze."""
     p = argparse.ArgumentParser(
         description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_data_flags(p.add_argument_group("data"), phase)
@@ -71,6 +72,8 @@ def add_data_flags(group, phase):
     if phase == "sup":
         add("--cot", choices=["steps", "text"], help="chain of thought: the calculator steps "
             "(default) or the whole solution")
+        add("--renumber", type=int, metavar="COPIES", help="GSM8K: so many copies of each training "
+            "problem with other numbers (default: 0)")
         add("--as-told", type=float, help="toy task: share of the chains that take the free steps "
             "in the order of the question (default: 0.8; 0.167 = all six orders alike)")
     add("--batch-size", type=int, help="problems in a batch")
@@ -106,10 +109,12 @@ def add_run_flags(group, phase):
     add = group.add_argument
     add("--out", type=Path, help="folder to write to, and to find the earlier phases in "
         "(default: out/<data>)")
-    add("--seed", type=int, help="of weights, toy problems, order of the data and noise (default: 0)")
+    add("--seed", type=int,
+        help="of weights, toy problems, order of the data and noise (default: 0)")
     add("--device", help="cpu, cuda, cuda:1, mps, … (default: cuda where there is one)")
     add("--dtype", choices=["float32", "bfloat16"],
-        help="of the matrix products (default: bfloat16 on cuda, else float32; on cuda that is TF32)")
+        help="of the matrix products (default: bfloat16 on cuda, else float32; on cuda that is "
+        "TF32)")
     add("--compile", action=argparse.BooleanOptionalAction,
         help="torch.compile the training step (default: on cuda)")
     if phase != "analyze":
@@ -129,9 +134,9 @@ def flag_of(field):
 def setup(p, phase, argv=None):
     """Parse the flags, fill in the defaults, choose the device: (args, env).
 
-    env holds device, autocast (a context manager for a forward pass), tokenizer, rank, world, config
-    (what goes into every file written) and parent (phase 1's checkpoint, or None). Raises UserError
-    on a value that makes no sense or contradicts phase 1.
+    env holds device, autocast (a context manager for a forward pass), tokenizer, rank, world,
+    config (what goes into every file written) and parent (phase 1's checkpoint, or None). Raises
+    UserError on a value that makes no sense or contradicts phase 1.
     """
     args = p.parse_args(argv)
     default_folder = Path(args.data).stem if args.data else "toy"
@@ -145,7 +150,7 @@ def setup(p, phase, argv=None):
         join_process_group(device)
     choose_precision(args, device)
     torch.manual_seed(args.seed)
-    tokenizer = Tokenizer("toy" if args.data == "toy" else "gpt2")
+    tokenizer = choose_tokenizer(args, parent)
     if rank == 0:
         given = {k: v for k, v in vars(args).items() if v is not None and v is not False}
         print(phase, *(f"{k}={v}" for k, v in given.items()))
@@ -160,7 +165,7 @@ def setup(p, phase, argv=None):
 
 
 def fill_in_defaults(args, phase, parent):
-    """A flag that was not given is inherited from phase 1, else it comes from the preset of --data."""
+    """A flag that was not given is inherited from phase 1, or else the preset of --data has it."""
     inherited = {field: parent["config"][field] for field in INHERITED} if parent else {}
     for field in set(inherited) - {"data_dir"}:
         given = getattr(args, field, None)
@@ -168,10 +173,11 @@ def fill_in_defaults(args, phase, parent):
             raise UserError(f"{flag_of(field)} {given} contradicts {args.out / 'sup.pt'}, "
                             f"which has {inherited[field]}")
     if getattr(args, "init", "scratch") != "scratch" and any(getattr(args, f) for f in SHAPE):
-        raise UserError(f"--init {args.init} has a shape of its own; leave out --n-layer, --n-head, "
-                        "--n-embd and --block-size")
+        raise UserError(f"--init {args.init} has a shape of its own; leave out --n-layer, "
+                        "--n-head, --n-embd and --block-size")
     data = args.data or inherited.get("data", "toy")
-    defaults = {"data": data, "data_dir": None, "cot": "steps", "as_told": toy.AS_TOLD, "seed": 0}
+    defaults = {"data": data, "data_dir": None, "cot": "steps", "renumber": 0,
+                "as_told": toy.AS_TOLD, "seed": 0}
     for field, value in PRESETS["toy" if data == "toy" else "gsm8k"].items():
         defaults[field] = value.get(phase) if isinstance(value, dict) else value
     defaults.update(inherited)
@@ -188,7 +194,9 @@ def fill_in_defaults(args, phase, parent):
 
 
 def check_ranges(args):
-    may_be_zero = ("steps", "sft_steps", "bag_steps", "baseline_steps", "top_k", "seed")
+    may_be_zero = ("steps", "sft_steps", "bag_steps", "baseline_steps", "top_k", "renumber", "seed")
+    if args.renumber and args.data == "toy":
+        raise UserError("--renumber: the toy task draws new problems already; leave it out")
     if args.as_told > 1:
         raise UserError(f"--as-told {args.as_told}: must be a share from 0 to 1")
     for field, value in vars(args).items():
@@ -204,20 +212,20 @@ def process_rank(args, phase):
         world = int(os.environ.get("WORLD_SIZE", 1))
         local_rank = int(os.environ.get("LOCAL_RANK", rank))
     except ValueError as error:
-        raise UserError(f"RANK, WORLD_SIZE and LOCAL_RANK must be whole numbers ({error}); unset them, "
-                        "or start several processes with torchrun")
+        raise UserError(f"RANK, WORLD_SIZE and LOCAL_RANK must be whole numbers ({error}); unset "
+                        "them, or start several processes with torchrun")
     if not 0 <= rank < world or local_rank < 0:
-        raise UserError(f"RANK {rank} of WORLD_SIZE {world} cannot be; unset both, or start several "
-                        "processes with torchrun")
+        raise UserError(f"RANK {rank} of WORLD_SIZE {world} cannot be; unset both, or start "
+                        "several processes with torchrun")
     missing = [v for v in ("RANK", "MASTER_ADDR", "MASTER_PORT") if v not in os.environ]
     if world > 1 and missing:
-        raise UserError(f"WORLD_SIZE is {world}, but {missing[0]} is not set; start several processes "
-                        "with torchrun, or unset WORLD_SIZE")
+        raise UserError(f"WORLD_SIZE is {world}, but {missing[0]} is not set; start several "
+                        "processes with torchrun, or unset WORLD_SIZE")
     if world > 1 and phase not in ("sup", "latent"):
         raise UserError(f"{phase} runs in one process; start it without torchrun")
     if args.batch_size % world:
-        raise UserError(f"--batch-size {args.batch_size} cannot be shared out to {world} processes; "
-                        "choose a multiple")
+        raise UserError(f"--batch-size {args.batch_size} cannot be shared out to {world} "
+                        "processes; choose a multiple")
     return rank, world
 
 
@@ -234,7 +242,7 @@ def choose_device(args, world):
 
 
 def choose_precision(args, device):
-    """bfloat16 and torch.compile on a GPU that has them; on a CPU neither is faster (see README)."""
+    """bfloat16 and torch.compile on a GPU that has them; on a CPU neither is faster (LAB.md)."""
     gpu = device.type == "cuda"
     if args.dtype is None:
         has_bfloat16 = gpu and torch.cuda.is_bf16_supported(including_emulation=False)
@@ -242,6 +250,26 @@ def choose_precision(args, device):
     if args.compile is None:
         args.compile = gpu and find_spec("triton") is not None
     torch.set_float32_matmul_precision("high")
+
+
+def choose_tokenizer(args, parent):
+    """The toy task's; GPT-2's whole vocabulary for its weights, else what the training text needs.
+
+    A later phase has that of phase 1. Raises UserError where the training text is another one now.
+    """
+    if args.data == "toy":
+        return Tokenizer("toy")
+    used = parent["config"]["tokenizer"] if parent else None
+    if used is None and args.init not in ("scratch", *GPT2):
+        used = load_checkpoint(Path(args.init))["config"]["tokenizer"]
+    if used == "gpt2" or used is None and args.init in GPT2:
+        return Tokenizer("gpt2")
+    train = load(args.data, "train", args.data_dir, args.cot, args.seed)
+    tokenizer = Tokenizer("gpt2", vocabulary_texts(train))
+    if used is not None:
+        require_same(args.out / "sup.pt" if parent else args.init, {"tokenizer": used},
+                     tokenizer=tokenizer.name)
+    return tokenizer
 
 
 def commit():
@@ -271,7 +299,7 @@ def start(main):
             dist.destroy_process_group()
 
 
-# ------------------------------------------------------------------------------ several processes
+# -------------------------------------------------------------------------------- several processes
 
 def join_process_group(device):
     if dist.is_initialized():
@@ -286,7 +314,7 @@ def join_process_group(device):
 
 
 def average_gradients(parameters, world):
-    """Data parallelism by hand: give every process the mean of all gradients. One alone: nothing."""
+    """Data parallelism by hand: every process gets the mean of all gradients (in place)."""
     if world == 1:
         return
     gradients = [p.grad for p in parameters if p.grad is not None]
@@ -313,7 +341,7 @@ def write(path, content):
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, path)
-    except (OSError, RuntimeError) as error:  # torch.save wraps what the disk says in a RuntimeError
+    except (OSError, RuntimeError) as error:  # torch.save makes a RuntimeError of a full disk
         with contextlib.suppress(OSError):
             part.unlink(missing_ok=True)
         why = getattr(error, "strerror", None) or "is the disk full?"
@@ -339,7 +367,9 @@ def load_checkpoint(path):
     """The dict saved there, on the CPU; never runs code from the file. Raises UserError."""
     script = {"sup": "train_sup.py", "sft": "train_sup.py", "latent": "train_latent.py"}
     if not path.is_file():
-        hint = f"; run {script[path.stem]} first, with the same --out" if path.stem in script else ""
+        hint = ""
+        if path.stem in script:
+            hint = f"; run {script[path.stem]} first, with the same --out"
         raise UserError(f"{path}: no such file{hint}")
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
@@ -352,7 +382,8 @@ def require_same(path, saved, **expected):
     """Refuse what was made of something else: UserError naming the field and both values."""
     for field, value in expected.items():
         if saved.get(field) != value:
-            raise UserError(f"{path} was made with {field} = {saved.get(field)}, here it is {value}")
+            raise UserError(f"{path} was made with {field} = {saved.get(field)}, here it is "
+                            f"{value}")
 
 
 def build(checkpoint, name, device):
@@ -370,7 +401,7 @@ def identity(weights):
     return digest.hexdigest()[:16]
 
 
-# ------------------------------------------------------------------- the store: phase 2 writes, 3 reads
+# --------------------------------------------------------------- the store: phase 2 writes, 3 reads
 
 def create_array(path, dtype, shape):
     """A new array on disk, mapped into memory. Raises UserError where there is no room for it."""
@@ -423,7 +454,7 @@ class Store:
         return values, torch.from_numpy(self.ids[index].astype(np.int64))
 
 
-# ---------------------------------------------------------------------------------- a training run
+# ----------------------------------------------------------------------------------- a training run
 
 def adamw(models, device):
     """(optimizer, parameters) of {model: its peak learning rate}; only matrices are decayed.
@@ -456,7 +487,7 @@ def compiled(function, args):
 
 
 class Interrupt:
-    """While open, a first Ctrl-C only sets `pressed`, so that the loop can save; a second one ends it."""
+    """While open, a first Ctrl-C sets `pressed`, so that the loop can save; a second ends it."""
 
     def __enter__(self):
         self.pressed = False
@@ -476,17 +507,19 @@ class Run:
 
         run = Run("sft", args, env, {"llm": llm}, optimizer, train, steps)
         for step in run:
-            …                            # batch, forward, loss, backward, clip, rate, optimizer.step()
+            …                            # batch, forward, backward, clip, rate, optimizer.step()
             run.log(loss=loss, norm=norm)
             if run.evaluates:
                 run.save(score)
 
     models     {name: GPT} to save
     depends    fields of the configuration, besides DEPENDS, that make this run another one
-    Writes     <name>.pt the best models so far; <name>.state.pt all it takes to resume; <name>.jsonl
+    Writes     <name>.pt the best models so far; <name>.state.pt all it takes to resume; the log
+               <name>.jsonl
     """
 
-    DEPENDS = ("data", "fingerprint", "tokenizer", "cot", "as_told", "seed", "batch_size", "lr", "model")
+    DEPENDS = ("data", "fingerprint", "tokenizer", "cot", "renumber", "as_told", "seed",
+               "batch_size", "lr", "model")
 
     def __init__(self, name, args, env, models, optimizer, problems, steps, depends=()):
         self.name, self.args, self.env, self.steps = name, args, env, steps
@@ -502,8 +535,8 @@ class Run:
             self.state.unlink(missing_ok=True)
             self.path.unlink(missing_ok=True)
         elif not (args.resume or args.overwrite) and (self.path.exists() or self.state.exists()):
-            raise UserError(f"{self.path.parent} already holds a run ({self.path.name}); go on with "
-                            "--resume, start over with --overwrite, or choose another --out")
+            raise UserError(f"{self.path.parent} already holds a run ({self.path.name}); go on "
+                            "with --resume, start over with --overwrite, or choose another --out")
         if env.rank == 0:
             self.open_log()
 
@@ -541,7 +574,8 @@ class Run:
                 if self.stopping or self.interrupt.pressed and self.env.world == 1:
                     self.save_state()
                     raise UserError(f"stopped after {self.step} of {self.steps} updates of "
-                                    f"{self.name} and saved; go on with the same command and --resume")
+                                    f"{self.name} and saved; go on with the same command and "
+                                    "--resume")
                 if self.step >= self.steps:
                     return
                 yield self.step

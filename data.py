@@ -1,11 +1,12 @@
-"""Problems in, batches out: GSM8K, its relatives and the toy task; tokenizers; how an answer is scored.
+"""Problems in, batches out: GSM8K, its relatives and the toy task; tokenizers; scoring.
 
 A problem is a question, a chain of thought S and an answer. As tokens:
 
     X   = question <bot>            S = chain            Ans = <eot> #### answer <|endoftext|>
 
-Everything is tokenized once. A batch is drawn from a bucket of problems of like length and padded as the
-longest of the bucket needs, so that a run meets a few fixed widths, and torch.compile compiles a few times.
+Everything is tokenized once. A batch is drawn from a bucket of problems of like length and padded
+as the longest of the bucket needs, so that a run meets a few fixed widths, and torch.compile
+compiles a few times.
 """
 import hashlib
 import http.client
@@ -24,6 +25,7 @@ import numpy as np
 import tiktoken
 
 import toy
+from renumber import renumbered, templates
 
 GSM8K_URL = ("https://raw.githubusercontent.com/openai/grade-school-math/master/"
              "grade_school_math/data/")
@@ -35,6 +37,7 @@ GSM8K_SHA256 = {
 }
 TOY_SIZE = {"train": 16000, "val": 256, "test": 1000}
 MAX_PROBLEMS = {"val": 1000}  # validation decodes its problems again and again
+UNSEEN = 10 ** 6              # the renumbered copy that no training has
 MAX_LINE = 100_000            # characters in a line of a data file
 
 
@@ -42,7 +45,7 @@ class UserError(SystemExit):
     """What the user can mend: one sentence on stderr, exit status 1, no traceback."""
 
 
-# ---------------------------------------------------------------------------------------- tokenizers
+# --------------------------------------------------------------------------------------- tokenizers
 
 class Tokenizer:
     """A tiktoken encoding: its ordinary ids, then <|endoftext|> <bot> <eot> <sum>, then padding.
@@ -72,7 +75,7 @@ class Tokenizer:
             name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
 
     def encode(self, text):
-        """Ordinary ids only: '<eot>' in a text is five characters of data, never the control token."""
+        """Ordinary ids only: '<eot>' in a text is five characters, never the control token."""
         return self.encoding.encode_ordinary(text)
 
     def decode(self, ids):
@@ -86,8 +89,8 @@ def gpt2_vocabulary():
         base = tiktoken.get_encoding("gpt2")
     except (OSError, ValueError) as error:  # no network, or a wrong checksum
         raise UserError(
-            "GPT-2's vocabulary could not be downloaded; set TIKTOKEN_CACHE_DIR to a folder that has "
-            f"tiktoken's copy of it ({type(error).__name__})")
+            "GPT-2's vocabulary could not be downloaded; set TIKTOKEN_CACHE_DIR to a folder that "
+            f"has tiktoken's copy of it ({type(error).__name__})")
     return base._pat_str, base._mergeable_ranks
 
 
@@ -133,10 +136,11 @@ def vocabulary_texts(problems):
 
 
 def toy_vocabulary():
-    """(pattern, ranks): whole words and whole numbers; 256 bytes spell whatever else a question holds.
+    """(pattern, ranks): whole words and whole numbers; 256 bytes spell whatever else there is.
 
     A word takes the space on its left, and the one on its right before a number, so that the 7 of
-    ' has 7 pens' is the token of '<<7+5=12>>'. A step is six tokens: 7 + 5 = 12 and the '>> <<' between.
+    ' has 7 pens' is the token of '<<7+5=12>>'. A step is six tokens: 7 + 5 = 12 and the '>> <<'
+    between.
     """
     pattern = r" ?[A-Za-z]+(?: (?=[0-9]))?|[0-9]+|>> <<|<<|>>|#### ?|\s+|[^\sA-Za-z0-9]"
     pieces = {str(n) for n in range(100)} | {"#### "}
@@ -148,10 +152,10 @@ def toy_vocabulary():
     return pattern, {token: rank for rank, token in enumerate(tokens)}
 
 
-# ------------------------------------------------------------------------------------------- sources
+# ------------------------------------------------------------------------------------------ sources
 
 def split_of(question):
-    """Where the data does not say: 'val', 'test' (5 % each) or 'train', by the question's own hash."""
+    """'val', 'test' (5 % each) or 'train', by the question's hash, where the data does not say."""
     bucket = zlib.crc32(question.encode(errors="surrogatepass")) % 20
     return {0: "val", 1: "test"}.get(bucket, "train")
 
@@ -159,8 +163,10 @@ def split_of(question):
 def load(name, split, data_dir=None, cot="steps", seed=0, as_told=toy.AS_TOLD):
     """A list of {question, chain, answer[, paths]}, all str, for split 'train', 'val' or 'test'.
 
-    name   toy | gsm8k | gsm8k-aug | a .jsonl file in GSM8K's form | a folder with train.jsonl, test.jsonl
-    cot    'steps': the calculator annotations in order, '<<48/2=24>> <<48+24=72>>'; 'text': the solution
+    name   toy | gsm8k | gsm8k-aug | a .jsonl file in GSM8K's form | a folder with train.jsonl and
+           test.jsonl
+    cot    'steps': the calculator annotations in order, '<<48/2=24>> <<48+24=72>>'; 'text': the
+           whole solution
     'val', and where there is one file only 'test', are cut out of it by `split_of`: 5 % each.
     Raises UserError naming the file, the line and what was expected there.
     """
@@ -183,16 +189,16 @@ def load(name, split, data_dir=None, cot="steps", seed=0, as_told=toy.AS_TOLD):
     rows = read(file, parse_aug if name == "gsm8k-aug" else parse_gsm8k, cot)
     rows = [row for row in rows if split_of(row["question"]) in taken]
     if not rows:
-        raise UserError(f"{file}: no problem falls to the {split} split, which here is 5 % by hash; "
-                        "it takes more problems")
+        raise UserError(f"{file}: no problem falls to the {split} split, which here is 5 % by "
+                        "hash; it takes more problems")
     return rows
 
 
 def read(file, parse, cot):
-    """parse(line, cot) of every line of a text file. Raises UserError naming the file and the line."""
+    """parse(line, cot) of every line of a text file. Raises UserError naming file and line."""
     if not file.is_file():
-        raise UserError(f"{file}: no such file; it should be in the folder of --data-dir, or that of "
-                        "--data")
+        raise UserError(f"{file}: no such file; it should be in the folder of --data-dir, or that "
+                        "of --data")
     rows = []
     try:
         with open(file, encoding="utf-8-sig", newline=None) as lines:
@@ -210,8 +216,8 @@ def read(file, parse, cot):
 def parse_line(place, line, parse, cot):
     length = len(line.strip())
     if length > MAX_LINE:
-        raise UserError(f"{place}: {length} characters are no problem of grade school; the limit is "
-                        f"{MAX_LINE}")
+        raise UserError(f"{place}: {length} characters are no problem of grade school; the limit "
+                        f"is {MAX_LINE}")
     try:
         return parse(line, cot)
     except ValueError as error:
@@ -233,7 +239,8 @@ def parse_gsm8k(line, cot):
         raise ValueError("a key stands twice in the JSON object")
     except (ValueError, RecursionError):
         raise ValueError(expected + ", found no JSON")
-    if not isinstance(row, dict) or not all(isinstance(row.get(k), str) for k in ("question", "answer")):
+    texts = [row.get(key) for key in ("question", "answer")] if isinstance(row, dict) else [None]
+    if not all(isinstance(text, str) for text in texts):
         raise ValueError(expected)
     return make_problem(row["question"], row["answer"], cot)
 
@@ -247,7 +254,7 @@ def parse_aug(line, cot):
 
 
 def parse_solved(line, cot):
-    """One line of example_model_solutions.jsonl: (question, chains of the models' right solutions)."""
+    """One line of example_model_solutions.jsonl: (question, chains of the right solutions)."""
     try:
         row = json.loads(line)
         models = [value for value in row.values() if isinstance(value, dict)]
@@ -305,8 +312,8 @@ def fetch(file):
     expected = GSM8K_SHA256[file.name]
     if file.is_file():
         if hashlib.sha256(file.read_bytes()).hexdigest() != expected:
-            raise UserError(f"{file}: not GSM8K as published (its checksum differs); for data of your "
-                            f"own say --data {file.parent}")
+            raise UserError(f"{file}: not GSM8K as published (its checksum differs); for data of "
+                            f"your own say --data {file.parent}")
         return
     part = file.with_name(f"{file.name}.{os.getpid()}.part")
     try:
@@ -314,19 +321,19 @@ def fetch(file):
         with urllib.request.urlopen(GSM8K_URL + file.name, timeout=60) as response:
             part.write_bytes(response.read())
     except (OSError, http.client.HTTPException) as error:
-        raise UserError(f"{file}: not there, and its download failed ({error}); put GSM8K's files in a "
-                        "folder and name it with --data-dir")
+        raise UserError(f"{file}: not there, and its download failed ({error}); put GSM8K's files "
+                        "in a folder and name it with --data-dir")
     if hashlib.sha256(part.read_bytes()).hexdigest() != expected:
         part.unlink()
         raise UserError(f"{file}: the download does not have the expected checksum; try again")
     part.replace(file)
 
 
-# ------------------------------------------------------------------------------------------- scoring
+# ------------------------------------------------------------------------------------------ scoring
 
 DECIMAL = r"(?:(?:(?!0)\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d+)?"
 NUMBER = re.compile(rf"""
-    (?P<sign>(?<![\w)])[-+])?                            # a minus after a word or ')' is subtraction
+    (?P<sign>(?<![\w)])[-+])?                           # a minus after a word or ')' is subtraction
     (?:(?P<whole>\d+)\ +(?=\d+\ */\ *\d))?               # the 1 of 1 1/2
     (?P<top>{DECIMAL})
     (?:\ *(?:[x×*·]\ *10\ *(?:\^|\*\*)\ *\(?(?P<power>[-+]?\d+)\)?|/\ *(?P<bottom>[-+]?{DECIMAL})))?
@@ -338,7 +345,7 @@ PLAIN = str.maketrans({"−": "-", "–": "-", "⁄": "/", "∕": "/", "$": "", 
 
 
 def numbers(text):
-    """The numbers in a text, in order, as Decimal; None for what looks like one and is none (1.2.3)."""
+    """The numbers in a text, in order, as Decimal; None for what only looks like one (1.2.3)."""
     text = re.sub(r"(?<=\d)(?=[¼-¾⅐-⅞↉])", " ", text)  # 1½ is 1 1/2
     text = "".join(plain_character(character) for character in text).translate(PLAIN)
     text = re.sub("[⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺]+", lambda match: "^" + match[0].translate(SUPERSCRIPT), text)
@@ -372,15 +379,15 @@ def number_value(match):
 def to_number(text):
     """The number that a text says, as Decimal, or None.
 
-    After '####', else anywhere, the last one counts. $ and % are dropped, commas between thousands too;
-    exponents (2.5e-06, 2.5 x 10^-6), fractions and mixed numbers (1 1/2, ½) and the Unicode minus are
-    read. What only looks like a number (1.2.3, 1,2) is None.
+    After '####', else anywhere, the last one counts. $ and % are dropped, commas between thousands
+    too; exponents (2.5e-06, 2.5 x 10^-6), fractions and mixed numbers (1 1/2, ½) and the Unicode
+    minus are read. What only looks like a number (1.2.3, 1,2) is None.
     """
     found = numbers(text.rpartition("####")[2])
     return found[-1] if found else None
 
 
-# ------------------------------------------------------------------------------------------- batches
+# ------------------------------------------------------------------------------------------ batches
 
 class Tokens(NamedTuple):
     """One problem as lists of ids."""
@@ -391,7 +398,7 @@ class Tokens(NamedTuple):
 
 
 class Ragged:
-    """Rows of different length in one flat int32 array, which takes a tenth of the room of lists."""
+    """Rows of different length in one flat int32 array: a tenth of the room that lists take."""
 
     def __init__(self, rows):
         self.length = np.array([len(row) for row in rows], dtype=np.int64)
@@ -408,15 +415,15 @@ class Batch:
 
     rows: np.ndarray  # (B,) which problems
     problems: list    # their Tokens
-    bucket: tuple     # token counts (question, chain, answer) of every problem of the bucket: arrays
+    bucket: tuple     # token counts (question, chain, answer) of all the bucket's problems: arrays
 
 
 class Problems:
     """A split, tokenized once. Problems longer than the model are dropped and counted in `dropped`.
 
-    Problems of like length share a bucket, and a batch is drawn from one bucket, so that a run sees as
-    many widths as there are buckets. Which problems make batch t is a function of (seed, t) alone: to
-    resume is to go on counting. Raises UserError where no problem is left.
+    Problems of like length share a bucket, and a batch is drawn from one bucket, so that a run sees
+    as many widths as there are buckets. Which problems make batch t is a function of (seed, t)
+    alone: to resume is to go on counting. Raises UserError where no problem is left.
     """
 
     def __init__(self, problems, tokenizer, block_size, buckets=3, no_cot=False):
@@ -429,7 +436,8 @@ class Problems:
         self.problems = [problems[i] for i in fits]
         self.x, self.s, self.a = (Ragged([rows[i] for i in fits]) for rows in (x, s, a))
         if not fits:
-            raise UserError(f"no problem is left: all {len(x)} are longer than --block-size {block_size}")
+            raise UserError(f"no problem is left: all {len(x)} are longer than --block-size "
+                            f"{block_size}")
         parts = [r.flat.tobytes() + r.length.tobytes() for r in (self.x, self.s, self.a)]
         self.fingerprint = hashlib.sha256(b"".join(parts)).hexdigest()[:16]
         total = self.x.length + self.s.length + self.a.length
@@ -446,7 +454,10 @@ class Problems:
         return Batch(rows, tokens, tuple(r.length[bucket] for r in (self.x, self.s, self.a)))
 
     def train_batch(self, step, size, seed, rank=0, world=1):
-        """Batch number `step`: every problem once an epoch, in a new order each. Rank r gets rows r::world."""
+        """Batch number `step`: every problem once an epoch, in a new order each.
+
+        Of several processes rank r gets the rows r::world.
+        """
         per_epoch = sum(-(-len(bucket) // size) for bucket in self.buckets)
         epoch, number = divmod(step, per_epoch)
         if self.epoch != (seed, size, epoch):
@@ -456,7 +467,10 @@ class Problems:
         return self.batch(rows[rank::world], bucket)
 
     def shuffle(self, rng, size):
-        """An epoch's batches as (rows, bucket), in random order; a bucket's last is filled from its start."""
+        """An epoch's batches as (rows, bucket), in random order.
+
+        A bucket's last batch is filled from its start.
+        """
         batches = []
         for bucket in self.buckets:
             rows = np.resize(rng.permutation(bucket), -(-len(bucket) // size) * size)
@@ -464,7 +478,7 @@ class Problems:
         return [batches[i] for i in rng.permutation(len(batches))]
 
     def caps(self, c):
-        """(latents, tokens) at which decoding stops: the longest chain, and a little more for an answer."""
+        """(latents, tokens) at which decoding stops: the longest chain, and some for an answer."""
         longest = int(self.s.length.max())
         return -(-longest // c), longest + int(self.a.length.max()) + 4
 
@@ -475,15 +489,32 @@ class Problems:
             yield self.batch(rows[i:i + size], rows[i:i + size])
 
 
+def load_split(args, split):
+    """`load` with the flags of a script; with --renumber, "train" has so many copies more.
+
+    The split "renumbered" holds the training problems with numbers that no copy has by design.
+    args: data, data_dir, cot, seed, as_told, renumber.
+    """
+    source = "train" if split == "renumbered" else split
+    rows = load(args.data, source, args.data_dir, args.cot, args.seed, args.as_told)
+    if source == "train" and (args.renumber or split == "renumbered"):
+        found, reasons = templates(rows)
+        copies = [UNSEEN] if split == "renumbered" else range(args.renumber)
+        drawn = [problem for copy in copies for problem in renumbered(found, args.seed, copy)]
+        print(f"{len(rows) - reasons.total()} of {len(rows)} training problems can be given new "
+              "numbers; not those with", ", ".join(f"{why} ({n})" for why, n in reasons.items()))
+        rows = drawn if split == "renumbered" else rows + drawn
+    return rows[:MAX_PROBLEMS.get(split)]
+
+
 def splits(args, env, names=("train", "val"), no_cot=False):
     """The Problems of these splits; says how many there are, and what is amiss with some.
 
-    args: data, data_dir, cot, seed, block_size; env: tokenizer, rank.
+    args: those of load_split, and block_size; env: tokenizer, rank.
     """
     found = []
     for split in names:
-        rows = load(args.data, split, args.data_dir, args.cot, args.seed, args.as_told)
-        rows = rows[:MAX_PROBLEMS.get(split)]
+        rows = load_split(args, split)
         p = Problems(rows, env.tokenizer, args.block_size, no_cot=no_cot)
         found.append(p)
         if env.rank > 0:

@@ -6,10 +6,10 @@
     their books, drop 3 and halve them. How many books do they have?
     <<5-1=4>> <<10+2=12>> <<3-1=2>> <<4+12+2=18>> <<18-3=15>> …
 
-The first three steps are free: they can be taken in any order. Then they meet in one sum, whose terms
-stand in the order in which they were computed, and a chain of dependent steps follows. So a problem has
-3! = 6 valid paths to its answer. One of them, drawn at random, is its chain of thought: with probability
-`as_told` the one in the order of the question, otherwise one of the other five.
+The first three steps are free: they can be taken in any order. Then they meet in one sum, whose
+terms stand in the order in which they were computed, and a chain of dependent steps follows. So a
+problem has 3! = 6 valid paths to its answer. One of them, drawn at random, is its chain of thought:
+with probability `as_told` the one in the order of the question, otherwise one of the other five.
 """
 import random
 from itertools import permutations
@@ -18,7 +18,7 @@ NAMES = "Ann Ben Eva Leo Mia Sam Tom Zoe".split()
 THINGS = "apples beads books cards coins eggs pens shells".split()
 GAIN = ["buy", "find", "get", "win"]
 LOSS = ["drop", "lose", "sell", "use"]
-TOP = 20        # no value is larger: the arithmetic is a small table, so the steps are the difficulty
+TOP = 20        # no value is larger: arithmetic is a small table, and the steps are what is hard
 LINKS = (2, 3)  # the fewest and the most dependent steps after the sum
 AS_TOLD = 0.8
 
@@ -27,12 +27,14 @@ def free_step(rng, name, things, start):
     """One of the three free steps: (sentence, expression, value)."""
     k = rng.randint(1, 4)
     if rng.random() < 0.5 or start <= k:
-        return f"{name} has {start} {things} and {rng.choice(GAIN)}s {k}.", f"{start}+{k}", start + k
-    return f"{name} has {start} {things} and {rng.choice(LOSS)}s {k}.", f"{start}-{k}", start - k
+        verb, expression, value = rng.choice(GAIN), f"{start}+{k}", start + k
+    else:
+        verb, expression, value = rng.choice(LOSS), f"{start}-{k}", start - k
+    return f"{name} has {start} {things} and {verb}s {k}.", expression, value
 
 
 def free_steps(rng, things):
-    """Three of them, whose sum is small; no two start from the same number, which so names its step."""
+    """Three of them, whose sum is small. No two start from one number: it so names its step."""
     while True:
         names, starts = rng.sample(NAMES, 3), rng.sample(range(2, 11), 3)
         steps = [free_step(rng, name, things, start) for name, start in zip(names, starts)]
@@ -86,7 +88,8 @@ def make(rng):
 def problems(seed, count, wanted, as_told=AS_TOLD):
     """`count` different problems whose question satisfies `wanted`.
 
-    Dicts with question, chain, answer (str) and paths (list of str, the first in the order as told).
+    Dicts with question, chain, answer (str) and paths (list of str, the first in the order of the
+    question).
     """
     rng = random.Random(f"toy-{seed}")
     seen = set()

@@ -7,15 +7,15 @@ to read them.
     python train_sup.py --data gsm8k --init gpt2 --lr 1e-4     # from OpenAI's GPT-2
     torchrun --nproc-per-node 2 train_sup.py …                 # several GPUs
 
-First a warm-up, supervised fine-tuning (SFT) on X <bot> S <eot> Ans, kept as sft.pt: an LLM that thinks
-in text. In half of its rows the first chunks are given as the plainest latents there are, weighted
-means of their tokens' embeddings, so that it can read z before an encoder writes any.
+First a warm-up, supervised fine-tuning (SFT) on X <bot> S <eot> Ans, kept as sft.pt: an LLM that
+thinks in text. In half of its rows the first chunks are given as the plainest latents there are,
+weighted means of their tokens' embeddings, so that it can read z before an encoder writes any.
 
-Encoder and LLM then start as copies of it. For a few updates the encoder alone learns that α_i should
-hold the tokens of chunk S_i. Then both learn together: the encoder turns S_i into α_i, and the LLM,
-which sees X and z_0 … z_i but no text of the chain, must predict chunk S_{i+1}; after one z_k of each
-problem it must write all the rest. The only path from this loss to the encoder is through z.
-Next: python compress.py
+Encoder and LLM then start as copies of it. For a few updates the encoder alone learns that α_i
+should hold the tokens of chunk S_i. Then both learn together: the encoder turns S_i into α_i, and
+the LLM, which sees X and z_0 … z_i but no text of the chain, must predict chunk S_{i+1}; after one
+z_k of each problem it must write all the rest. The only path from this loss to the encoder is
+through z. Next: python compress.py
 """
 import copy
 import pickle
@@ -56,7 +56,7 @@ def add_flags(p):
         "the authors' code")
 
 
-# --------------------------------------------------------------------------------------- the ideas
+# ---------------------------------------------------------------------------------------- the ideas
 
 def explicit_loss(llm, seq, bag):
     """SFT, one pass over X <bot> S <eot> Ans: the mean −log q of the tokens of S and Ans.
@@ -93,7 +93,7 @@ def sup_loss(encoder, llm, enc, seq, bag, n_ordinary, top_k=0, local=False):
     return sup, bag_kl(alpha, bag, enc.n)
 
 
-# --------------------------------------------------------------------------------------- the loops
+# ---------------------------------------------------------------------------------------- the loops
 
 def train_explicit(name, llm, train, val, steps, mixed, args, env):
     """SFT, saved as `name`; in a share `mixed` of the rows the first chunks are latents.
@@ -168,7 +168,7 @@ def train_superposition(encoder, llm, train, val, args, env):
 def train_baselines(llm, train, val, args, env):
     """Explicit and no chain of thought, with as many updates as latent reasoning has in all."""
     sft = common.load_checkpoint(args.out / "sft.pt")
-    same = {field: env.config[field] for field in ("data", "cot", "as_told", "seed")}
+    same = {field: env.config[field] for field in ("data", "cot", "renumber", "as_told", "seed")}
     common.require_same(args.out / "sft.pt", sft["config"], fingerprint=train.fingerprint, **same)
     explicit = common.build(sft, "llm", env.device)
     steps = max(0, args.baseline_steps - sft["config"]["sft_steps"])
@@ -177,7 +177,7 @@ def train_baselines(llm, train, val, args, env):
     train_explicit("no_cot", llm, train, val, args.baseline_steps, 0.0, args, env)
 
 
-# -------------------------------------------------------------------------------------- the script
+# --------------------------------------------------------------------------------------- the script
 
 def initial_model(args, env):
     """--init: a new GPT, OpenAI's GPT-2, or the LLM of a checkpoint; its shape then goes into args.
