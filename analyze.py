@@ -22,8 +22,9 @@ parallelism        problems, paths (mean number); encoder, latent: {n_eff, above
                    {mass [order][position], leading, effective [position]}: α on the span of the
                    m-th order of the free steps, the largest span's share of it, and among how many
                    spans it is shared: see metrics.span_mass, metrics.span_shares
-collapse           accuracy, interval of {own, top 1, top c, first path, last path}: the latent model
-                   thinks in its own z, or in z of q's largest entries or of one path's tokens alone
+collapse           accuracy, interval of {own, top 1, top c, first path, last path}: the latent
+                   model thinks in its own z, or in z of q's largest entries or of one path's
+                   tokens alone
 shape              token_norm {low, mean, high}, of the ordinary tokens' embeddings, 5 and 95 %;
                    encoder, latent: {count, entropy, top1, norm, cosine}: see metrics.shape
 
@@ -248,7 +249,8 @@ def load_baselines(args, env):
             print(f"left out: there is no {path}{hint}")
             continue
         checkpoints[file] = common.load_checkpoint(path)
-        same = {field: env.config[field] for field in ("data", "cot", "renumber", "as_told", "seed")}
+        fields = ("data", "cot", "renumber", "as_told", "seed")
+        same = {field: env.config[field] for field in fields}
         common.require_same(path, checkpoints[file]["config"], **same)
     return checkpoints
 
@@ -259,9 +261,10 @@ def ask(args, env, llm, caps, top_k):
     try:
         problem = Problems([question], env.tokenizer, args.block_size)
     except UserError:
-        raise UserError(f"--ask: the question has {len(env.tokenizer.encode(args.ask))} tokens; with "
-                        f"its answer it must fit the model's {args.block_size} positions "
-                        "(--block-size of train_sup.py): ask a shorter one")
+        length = len(env.tokenizer.encode(args.ask))
+        raise UserError(f"--ask: the question has {length} tokens; with its answer it must fit the "
+                        f"model's {args.block_size} positions (--block-size of train_sup.py): ask "
+                        "a shorter one")
     latents = record_latents(Setting(problem, 1, args.chunk_size, caps, 1, env), llm, top_k)
     n = latents.n[0]
     columns = heaviest_tokens(latents.values[0, :n], latents.ids[0, :n], env.tokenizer)
@@ -295,57 +298,70 @@ def rounded(report):
                       parse_constant=lambda text: None)
 
 
-def main(argv=None):
-    p = common.parser(__doc__, "analyze")
-    p.add_argument("--limit", type=int, help="how many problems (default: all)")
-    p.add_argument("--split", choices=["test", "val", "renumbered"], default="test",
-                   help="test (default); val: held-out training problems; renumbered: the training "
-                   "problems with numbers that training never had (GSM8K)")
-    p.add_argument("--ask", metavar="QUESTION",
-                   help="answer this question in latents and show each of them")
+def add_flags(p):
+    add = p.add_argument_group("analysis").add_argument
+    add("--split", choices=["test", "val", "renumbered"], default="test", help="test (default); "
+        "val: held-out training problems; renumbered: the training problems with numbers that "
+        "training never had (GSM8K)")
+    add("--limit", type=int, help="how many problems (default: all)")
+    add("--ask", metavar="QUESTION", help="answer this question in latents and show each of them")
     p.set_defaults(batch_size=128)
-    args, env = common.setup(p, "analyze", argv)
-    c = args.chunk_size
 
-    # load
-    sup, latent = env.parent, load_latent_model(args, env)
-    llm = common.build(latent, "llm", env.device)
-    phase1_llm, encoder = (common.build(sup, name, env.device) for name in ("llm", "encoder"))
-    caps, stored = latent["config"]["caps"], latent["config"]["store_top_k"]
-    top_k = {"text": 0, "gold": sup["config"]["top_k"],
-             "latent": stored if args.top_k is None else args.top_k}
-    if args.ask is not None:
-        return ask(args, env, llm, caps, top_k["latent"])
-    train, test = splits(args, env, ["train", args.split])
-    common.require_same(args.out / "sup.pt", sup["config"], fingerprint=train.fingerprint)
-    checkpoints = {"latent": latent, "sup": sup, **load_baselines(args, env)}
-    configs = {file: checkpoint["config"] for file, checkpoint in checkpoints.items()}
-    paths = known_paths(test.problems[:args.limit], args.data, args.data_dir, args.cot)
-    report_path = args.out / ("report" if args.split == "test" else f"report-{args.split}")
 
-    # measure
-    R = min(len(test), args.limit or len(test))
-    setting = Setting(test, R, c, caps, args.batch_size, env)
+def measure(setting, checkpoints, paths, top_k, seed):
+    """(the report's sections, {whose: Latents}, the chunks int64 (R, chunks, c))."""
+    env, R, c = setting.env, setting.R, setting.c
+    llm = common.build(checkpoints["latent"], "llm", env.device)
+    phase1_llm = common.build(checkpoints["sup"], "llm", env.device)
+    encoder = common.build(checkpoints["sup"], "encoder", env.device)
     report = measure_ways(setting, checkpoints, encoder, top_k)
     chains = {"encoder": record_summaries(setting, phase1_llm, encoder, top_k["gold"]),
               "latent": record_latents(setting, llm, top_k["latent"])}
-    bag = chunk_bags(test.batch(np.arange(R), np.arange(R)), c)  # (R, chunks, c)
+    bag = chunk_bags(setting.problems.batch(np.arange(R), np.arange(R)), c)  # (R, chunks, c)
     ecr = {whose: measure_ecr(chain.ids, chain.n, bag, KS) for whose, chain in chains.items()}
-    report |= {"problems": R, "config": {"analyze": env.config, **configs},
-               "controls": measure_controls(setting, llm, chains["latent"], args.seed),
+    report |= {"problems": R,
+               "controls": measure_controls(setting, llm, chains["latent"], seed),
                "collapse": measure_collapse(setting, llm, top_k["latent"], paths),
                "continuation": measure_continuation(setting, phase1_llm, chains["encoder"]),
                "ecr": {"K": KS, **ecr},
                "parallelism": measure_parallelism(chains, paths, env.tokenizer, c),
                "shape": measure_shape(llm, env.tokenizer.n_ordinary, chains)}
+    return report, chains, bag
+
+
+def main(argv=None):
+    p = common.parser(__doc__, "analyze")
+    add_flags(p)
+    args, env = common.setup(p, "analyze", argv)
+
+    # load
+    sup, latent = env.parent, load_latent_model(args, env)
+    caps, stored = latent["config"]["caps"], latent["config"]["store_top_k"]
+    top_k = {"text": 0, "gold": sup["config"]["top_k"],
+             "latent": stored if args.top_k is None else args.top_k}
+    if args.ask is not None:
+        ask(args, env, common.build(latent, "llm", env.device), caps, top_k["latent"])
+        return
+    train, test = splits(args, env, ["train", args.split])
+    common.require_same(args.out / "sup.pt", sup["config"], fingerprint=train.fingerprint)
+    checkpoints = {"latent": latent, "sup": sup, **load_baselines(args, env)}
+    paths = known_paths(test.problems[:args.limit], args.data, args.data_dir, args.cot)
+
+    # measure
+    R = min(len(test), args.limit or len(test))
+    setting = Setting(test, R, args.chunk_size, caps, args.batch_size, env)
+    report, chains, bag = measure(setting, checkpoints, paths, top_k, args.seed)
+    configs = {file: checkpoint["config"] for file, checkpoint in checkpoints.items()}
+    report["config"] = {"analyze": env.config, **configs}
 
     # write
     report = rounded(report)
     html = page(report, pictures(setting, chains, bag))
-    common.write_json(report_path.with_suffix(".json"), report)
-    # a question may hold half of a character, which UTF-8 cannot
-    common.write(report_path.with_suffix(".html"), lambda f: f.write(html.encode("utf-8", "replace")))
-    print(f"wrote {report_path}.html and .json")
+    html = html.encode("utf-8", "replace")  # a question may hold half of a character
+    path = args.out / ("report" if args.split == "test" else f"report-{args.split}")
+    common.write_json(path.with_suffix(".json"), report)
+    common.write(path.with_suffix(".html"), lambda file: file.write(html))
+    print(f"wrote {path}.html and .json")
 
 
 if __name__ == "__main__":

@@ -1,17 +1,19 @@
-"""Phase 2: translate every chain of thought once, and keep its α.
+"""Phase 2: turn every chain of thought of the training set into its α, once, and store them.
 
     python compress.py
 
-The encoder of phase 1 reads the training set; of each α_i the K largest entries are kept, scaled to sum
-to 1. What is written to --out/latents are flat arrays that phase 3 maps into memory:
+The encoder of phase 1 reads the training set. Of each α_i the K largest entries are kept and scaled
+to sum to 1. The folder latents in --out then holds arrays that phase 3 maps into memory:
 
-    values.npy   float32 (latents, K)   α's largest entries, in falling order
-    ids.npy      int32 (latents, K)     whose they are
-    offsets.npy  int64 (problems + 1,)  problem r's latents are rows offsets[r] … offsets[r+1] - 1
-    meta.json    whose data, chunk size, tokenizer and encoder these are; the mass kept; the progress
+    values.npy   float32 (latents, K)   the K largest entries of each α, in falling order
+    ids.npy      int32 (latents, K)     the token id of each entry
+    offsets.npy  int64 (problems + 1,)  problem r has the rows offsets[r] … offsets[r+1] - 1
+    meta.json    the data, tokenizer, encoder and chunk size that they come from; the mass that the
+                 kept entries had; how many batches are done
 
-At the end it says how much of its chunk a summary holds (ECR). Interrupted and run again with --resume
-it does the rest. Next: python train_latent.py
+At the end the effective compression rate (ECR) is printed: how many tokens of its chunk are among
+the largest entries of an α. After an interruption, --resume does the rest.
+Next: python train_latent.py
 """
 import numpy as np
 import torch
@@ -22,32 +24,40 @@ from data import UserError, splits
 from encoder import chunk_bags, count_chunks, encoder_batch, summarize
 from metrics import measure_ecr
 
-SAVE_EVERY = 20  # batches between two saves of the progress
-SAMPLE = 1000    # problems whose ECR is measured
+SAVE_EVERY = 20  # batches between two saves
+SAMPLE = 1000    # problems of which the ECR is measured
 
 
 def choose_top_k(args, env):
-    """K: --top-k, or what the z of phase 1 had, or 50."""
+    """K: --top-k, or that of phase 1, or 50; 0 is the whole ordinary vocabulary.
+
+    Raises UserError where phase 1 made its z from a top-k and K is another one.
+    """
     phase1 = env.parent["config"]["top_k"]
     K = args.top_k if args.top_k is not None else phase1 or 50
     if phase1 not in (0, K):
-        raise UserError(f"--top-k {K} contradicts {args.out}/sup.pt, whose z were made with {phase1}")
+        raise UserError(f"--top-k {K} contradicts {args.out}/sup.pt, whose z were made with "
+                        f"{phase1}")
     vocabulary = env.tokenizer.n_ordinary
     return min(K or vocabulary, vocabulary)
 
 
 def open_store(folder, meta, offsets, args):
-    """A new store, or what an interrupted run left: (values, ids, batches done, mass kept so far)."""
+    """A new store, or that of an interrupted run: (values, ids, batches done, mass kept so far).
+
+    meta is what the store must come from; offsets int64 (problems + 1,). Raises UserError where
+    the folder holds a store that the flags do not allow to go on or to replace.
+    """
     if (folder / "meta.json").exists() and not args.overwrite:
         if not args.resume:
-            raise UserError(f"{folder} already holds a store; finish it with --resume, or start over "
-                            "with --overwrite")
+            raise UserError(f"{folder} already holds a store; finish it with --resume, or start "
+                            "over with --overwrite")
         old = common.read_json(folder / "meta.json")
         common.require_same(folder, old, **meta)
         values, ids = common.load_arrays(folder, "r+", "values", "ids")
         return values, ids, old["done"], old["mass_sum"]
-    (folder / "meta.json").unlink(missing_ok=True)  # no meta, no store: it is written last
-    rows = max(1, meta["latents"])  # without any chain of thought: one row, read as padding
+    (folder / "meta.json").unlink(missing_ok=True)  # written last: without it there is no store
+    rows = max(1, meta["latents"])  # without any chain: one row, for Store.read to index
     values = common.create_array(folder / "values.npy", np.float32, (rows, meta["top_k"]))
     ids = common.create_array(folder / "ids.npy", np.int32, (rows, meta["top_k"]))
     common.write(folder / "offsets.npy", lambda f: np.save(f, offsets, allow_pickle=False))
@@ -55,15 +65,15 @@ def open_store(folder, meta, offsets, args):
 
 
 def report_ecr(folder, train, c):
-    """Say how many of a chunk's tokens are among the top c of its α (DESIGN 7)."""
+    """Print the ECR at K = c: how many of a chunk's tokens are among the top c of its α."""
     rows = np.arange(min(SAMPLE, len(train)))
     bag = chunk_bags(train.batch(rows, rows), c)                          # (R, N, c)
     n = torch.from_numpy(count_chunks(train.s.length[rows], c))           # (R,)
     _, ids = common.Store(folder).read(rows, bag.size(1))                 # (R, N, K)
     rate = measure_ecr(ids, n, bag, [c])
     print(f"of a chunk's {c} tokens, {rate['own'][0]:.2f} are among the top {c} of its α; "
-          f"{rate['chance'][0]:.2f} of another problem's; {rate['maximum'][0]:.2f} is the most there "
-          "can be")
+          f"{rate['chance'][0]:.2f} of another problem's; {rate['maximum'][0]:.2f} is the most "
+          "there can be")
 
 
 def main(argv=None):

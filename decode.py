@@ -1,7 +1,8 @@
-"""Greedy decoding, as text and in latent tokens, batched on one KV cache; and scoring a split with it.
+"""Greedy decoding, as text and in latent tokens, batched on one KV cache; then scoring a split.
 
-A row thinks in latents, or writes text, until it says <eot>; then it writes its answer as text. Rows of
-different length run together: each changes from latents to text by itself, and nothing is read twice.
+A row produces its chain of thought, as latent tokens or as text, until it predicts <eot>; then it
+writes its answer as text. Rows of different length are decoded together: each changes from latents
+to text at its own step, and no vector is fed twice.
 """
 import time
 from functools import partial
@@ -16,13 +17,16 @@ from model import KVCache
 
 
 class Decoded(NamedTuple):
-    tokens: list           # of each row, the ids written, special ones too, up to <|endoftext|>
+    tokens: list           # for each row the list of ids written, <eot> too, without <|endoftext|>
     latents: torch.Tensor  # int64 (B,) latent steps taken
-    capped: torch.Tensor   # bool (B,) stopped by a cap: of latents, of tokens, or of positions
+    capped: torch.Tensor   # bool (B,) cut off at a cap: of latents, of tokens, or of positions
 
 
 class RowState:
-    """Where each row of the batch stands: thinking in latents, writing text, or done."""
+    """The state of each row: thinking in latents, writing text, or done. Tensors (B,).
+
+    thinking, done, capped: bool; latents, written: int64, the latent steps and the tokens so far.
+    """
 
     def __init__(self, B, latent, device):
         self.thinking = torch.full((B,), latent, device=device)
@@ -32,9 +36,11 @@ class RowState:
         self.written = torch.zeros(B, dtype=torch.int64, device=device)
 
     def advance(self, token, tokenizer, max_latents, max_tokens, out_of_room):
-        """Take in the argmax tokens (B,); return what each row writes, -1 where it writes nothing.
+        """Update the state by the argmax tokens, int64 (B,): (token, written), both int64 (B,).
 
-        A chain of latents at its cap is given its <eot>, and then answers. out_of_room bool (B,).
+        token is what the next step feeds to a row that writes text, and written what a row adds to
+        its text, -1 where nothing. A row that has taken max_latents steps gets <eot> in place of
+        its token, and then answers. out_of_room bool (B,): no step is left for the row.
         """
         overlong = self.thinking & (token != tokenizer.eot) & (self.latents >= max_latents)
         token = token.masked_fill(overlong, tokenizer.eot)
@@ -50,16 +56,20 @@ class RowState:
 
 
 def prefill(llm, x, length, extra):
-    """Read the prompts: (logits (B, V) after each, a cache with `extra` free slots, bool (B, S) visible)."""
+    """One pass over the prompts x (B, T, C) of `length` (B,): (logits, cache, visible).
+
+    logits (B, V) at each prompt's last vector; a KVCache with `extra` free slots; visible bool
+    (B, T + extra), False at the padding.
+    """
     B, T, _ = x.shape
     device = x.device
-    # under autocast keys and values come in its dtype
+    # under autocast keys and values have autocast's dtype
     autocast = torch.is_autocast_enabled(device.type)
     dtype = torch.get_autocast_dtype(device.type) if autocast else llm.wte.weight.dtype
     cache = KVCache(llm.config, B, T + extra, device, dtype)
     slot = torch.arange(T + extra, device=device)
     visible = (slot < length[:, None]) | (slot >= T)  # the prompt's own slots, and those to come
-    pos = slot[:T].clamp(max=llm.config.block_size - 1)  # padding may reach beyond the last position
+    pos = slot[:T].clamp(max=llm.config.block_size - 1)  # padding may exceed the last
     hidden = llm(x, pos, cache=cache, index=(length - 1)[:, None])  # (B, 1, C)
     return llm.head(hidden)[:, 0], cache, visible
 
@@ -67,17 +77,19 @@ def prefill(llm, x, length, extra):
 @torch.no_grad()
 def decode(llm, tokenizer, x, length, latent=False, top_k=0, max_latents=0, max_tokens=64,
            on_latent=None):
-    """Answer a batch of prompts greedily, as text or in latents: a Decoded.
+    """Continue a batch of prompts greedily, as text or in latents: a Decoded.
 
-    x, length   float (B, T, C) prompts padded on the right, int64 (B,) their lengths. A prompt ends with
-                <bot> or a z to have the model think on, or with <eot> after latents that were inserted
-    latent      think in latent tokens: each step feeds z = Σ q[v]·E[v], q the next-token distribution
-                over the ordinary vocabulary (or its `top_k`), until argmax q is <eot>; then text
-    on_latent   called at every latent step as on_latent(step, q (B, n_ordinary), rows bool (B,));
-                a q that it returns is fed in place of that one
+    x, length  prompts float (B, T, C), padded on the right, and their lengths int64 (B,); they
+               end in <bot> or a z, or, to have only the answer written as text, in <eot>
+    latent     think in latent tokens: until the argmax over the whole vocabulary is <eot>, a step
+               feeds z = Σ q[v]·E[v], q being the next-token distribution on the ordinary
+               vocabulary (or its `top_k` renormalized); then the row writes text
+    max_*      caps on the latent steps and on the tokens of each row
+    on_latent  called as on_latent(step, q, active) where rows think: q float32 (B, n_ordinary),
+               active bool (B,) the rows that take a latent step; a q that it returns replaces q
 
-    A row is stored at the slots that every row uses, but stands at its own positions; padding is never
-    visible. Each step feeds one vector a row.
+    Each step feeds one vector a row. Step t fills slot T + t in all rows, but each row has its own
+    position, length + t; the padding between is never visible.
     """
     B, T, _ = x.shape
     block = llm.config.block_size
@@ -87,7 +99,8 @@ def decode(llm, tokenizer, x, length, latent=False, top_k=0, max_latents=0, max_
     state, out = RowState(B, bool(latent), x.device), []
     for step in range(steps + 1):
         out_of_room = (length + step >= block) | (step == steps)
-        token, written = state.advance(logits.argmax(1), tokenizer, max_latents, max_tokens, out_of_room)
+        token, written = state.advance(logits.argmax(1), tokenizer, max_latents, max_tokens,
+                                       out_of_room)
         out.append(written)
         if state.done.all():
             break
@@ -101,17 +114,17 @@ def decode(llm, tokenizer, x, length, latent=False, top_k=0, max_latents=0, max_
             z = superpose(q, llm.wte.weight, top_k).to(x.dtype)
             x = torch.where(state.thinking[:, None], z, x)
             state.latents += active
-        pos = (length + step).clamp(max=block - 1)[:, None]  # (B, 1); a row that is done stays where it is
+        pos = (length + step).clamp(max=block - 1)[:, None]  # (B, 1); only a done row is clamped
         logits = llm.head(llm(x[:, None], pos, visible[:, None, :T + step + 1], cache))[:, 0]
     rows = torch.stack(out, 1).tolist()
     tokens = [[i for i in row if i >= 0 and i != tokenizer.eos] for row in rows]
     return Decoded(tokens, state.latents, state.capped)
 
 
-# ---------------------------------------------------------------------------------------- prompts
+# ------------------------------------------------------------------------------------------ prompts
 
 def question_prompt(llm, batch, env):
-    """X <bot>: (embeddings (B, T, C), lengths (B,)), as `decode` takes them."""
+    """X <bot>, for `decode`: (embeddings float (B, T, C), lengths int64 (B,))."""
     questions = [p.question for p in batch.problems]
     length = torch.tensor([len(question) for question in questions])
     ids = pad(questions, int(length.max()))  # (B, T)
@@ -119,10 +132,10 @@ def question_prompt(llm, batch, env):
 
 
 def latents_prompt(llm, batch, z, n, end, device):
-    """X <bot> z₀ … z_{n-1} and the tokens `end`: (embeddings (B, T, C), lengths (B,)).
+    """X <bot> z₀ … z_{n-1}, then the tokens `end`: (embeddings (B, T, C), lengths (B,)).
 
-    z float (B, N, C); n: for each row how many of its z. A chain is cut where the model has no more
-    positions for it.
+    z float (B, N, C); n int (B,): how many of its z each row gets, fewer where the model has no
+    more positions; end: a list of at most one id.
     """
     ids, latent = [], []  # of each row: its tokens; i + 1 where z_i stands, else 0
     for problem, k in zip(batch.problems, n):
@@ -137,28 +150,35 @@ def latents_prompt(llm, batch, z, n, end, device):
 
 
 def summaries(llm, encoder, batch, env, c, top_k):
-    """The encoder's summaries of the true chains as z float (B, N, C), and their numbers (B,)."""
+    """The encoder's summaries of the true chains: (z float (B, N, C), n int64 array (B,))."""
     layout = encoder_batch(batch, c, env.tokenizer.sum).to(env.device)
     alpha = summarize(encoder, layout, env.tokenizer.n_ordinary)  # (B, N, n_ordinary)
     return superpose(alpha, llm.wte.weight, top_k), layout.n.cpu().numpy()
 
 
 def gold_prompt(llm, encoder, batch, env, c, top_k):
-    """X <bot> z₀ … z_{n-1} <eot>: only the answer is left to write."""
+    """X <bot> z₀ … z_{n-1} <eot>, the summaries of all chunks: only the answer is to write."""
     z, n = summaries(llm, encoder, batch, env, c, top_k)
     return latents_prompt(llm, batch, z, n, [env.tokenizer.eot], env.device)
 
 
 def continuation_prompt(llm, encoder, batch, env, c, top_k):
-    """X <bot> z₀ … z_{k-1}, with k = 0 … n in turn over the problems: the rest is left to write."""
+    """X <bot> z₀ … z_{k-1}, the first k summaries: the rest and the answer are to write.
+
+    k is the problem's number modulo n + 1, so that all of 0 … n occur in a split.
+    """
     z, n = summaries(llm, encoder, batch, env, c, top_k)
     return latents_prompt(llm, batch, z, batch.rows % (n + 1), [], env.device)
 
 
-# ---------------------------------------------------------------------------------------- a split
+# ------------------------------------------------------------------------------------------ a split
 
 def count_steps(thought, tokens, latents, chunks, eot):
-    """Forward passes between question and answer: latents, summaries, or the tokens before <eot>."""
+    """Steps before the answer: latents ('latent'), chunks ('gold'), or the tokens before <eot>.
+
+    tokens is the list of ids written, latents and chunks are numbers. The summaries given to
+    'continue' do not count.
+    """
     if thought == "latent":
         return latents
     if thought == "gold":
@@ -171,21 +191,23 @@ def evaluate(llm, problems, env, thought, caps, encoder=None, chunk_size=1, top_
              batch_size=None, prompt=None, on_latent=None):
     """Decode a split (or its first `limit` problems) and score the answers.
 
-    thought    'text': the model writes on from X (explicit CoT, no-CoT); 'latent': it thinks in
-               latents; 'gold': it is given the encoder's summaries of the true chain, and <eot>;
-               'continue': it is given the first of them, and writes on as text
-    caps       (latents, tokens)
-    prompt     called as prompt(batch) -> (x, length), in place of the prompt of `thought`
-    on_latent  called as on_latent(batch, …) where `decode` calls its own
-    Returns accuracy, steps (mean between question and answer), capped, unparseable (counts),
-    seconds, and answers, {row: (text, right, its ids)}.
+    thought    'text': the model writes all that follows X <bot> (explicit CoT, no CoT); 'latent':
+               its chain is latent; 'gold': it is given all of the encoder's summaries of the true
+               chain, and <eot>; 'continue': it is given the first k, and writes the rest as text
+    caps       (max_latents, max_tokens) of `decode`
+    encoder    makes the summaries of 'gold' and 'continue', which need it if they get no `prompt`;
+               chunk_size is its c
+    prompt     a function prompt(batch) -> (x, length) that replaces the prompt of `thought`
+    on_latent  as in `decode`, but called with the batch as first argument
+    Returns a dict: accuracy; steps, the mean of count_steps; capped and unparseable, numbers of
+    problems; seconds; answers, {problem: (text, whether it is right, its ids)}.
     """
     if prompt is None:
         prompt = partial(question_prompt, llm, env=env)
         if encoder is not None and thought in ("gold", "continue"):
             summarized = gold_prompt if thought == "gold" else continuation_prompt
             prompt = partial(summarized, llm, encoder, env=env, c=chunk_size, top_k=top_k)
-    # an encoder's α of (B, N, V) is large
+    # with an encoder fewer: its α (B, N, n_ordinary) is large
     batch_size = batch_size or (256 if encoder is None else 64)
     start, answers, steps, capped, unparseable = time.time(), {}, 0, 0, 0
     for batch in problems.eval_batches(batch_size, limit):

@@ -1,13 +1,16 @@
 """Chunks, summaries, superposition: how text becomes latent tokens, and how a model reads them.
 
-The encoder is a GPT that reads the question X, then the chain of thought S cut into chunks of c tokens,
-each followed by the summary token L = <sum>. Its prediction there, restricted to the ordinary vocabulary, is
+The encoder is a GPT that reads the question X, then the chain of thought S cut into chunks S₀, S₁,
+… of c tokens, each followed by the summary token L = <sum>. Its prediction at L_i, restricted to
+the ordinary vocabulary (all tokens but the special ones), gives the latent token of chunk i:
 
-    α_i = softmax(logits at L_i)          a point of the simplex ΔV          (paper, section 3.1)
-    z_i = Σ_v α_i[v] · E[v]               the latent token, in the convex hull of the LLM's embeddings E
+    α_i = softmax(logits at L_i)     a distribution: a point of the simplex ΔV
+    z_i = Σ_v α_i[v] · E[v]          a point in the convex hull of the LLM's input embeddings E
 
-and the LLM, another GPT, reads z_i in place of chunk i. Both compute all chunks of a problem in one pass: a
-layout says where each token is stored, and a mask what it sees.
+The LLM, another GPT, reads z_i in place of S_i. Each model handles all chunks of a problem in one
+pass: a layout says which token is in which slot and at which position, and a mask (LTIM and LTSuM
+in the paper) which slots it sees. This file goes from one problem's layout to a batch, then to the
+masks, then to α and z.
 
     n = latent tokens of one problem, at most N in a batch; the other letters are those of model.py
 """
@@ -18,25 +21,32 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-# ------------------------------------------------------------------------- one problem: lists that grow
-
+# --------------------------------------------------------------------- one problem: lists that grow
 
 class Sequence:
-    """One problem's sequence while it is laid out: parallel lists, one entry a slot."""
+    """One problem's sequence while it is laid out.
+
+    ids, pos, segment and latent have one entry a slot. predict_index, target and loss_weight have
+    one entry a predicted token, summary_index one a latent token.
+    """
 
     def __init__(self, question):
         self.ids = []            # token ids; 0 at a latent token, where `insert_latents` puts z
         self.pos = []            # positions
-        self.segment = []        # whose text it is: 0 everyone may see; i > 0 text i; -1 a <sum>
-        self.latent = []         # i + 1 where z_i stands, else 0
-        self.predict_index = []  # slots at which a token is predicted,
+        self.segment = []        # who sees the slot: 0 every later one; i > 0 those of segment i;
+                                 # -1, a <sum>, only itself
+        self.latent = []         # i + 1 at z_i, else 0
+        self.predict_index = []  # slots whose logits predict a token: the slot before it,
         self.target = []         # that token,
         self.loss_weight = []    # and the weight of its −log p
-        self.summary_index = []  # slots at which α_i is predicted
+        self.summary_index = []  # slots whose logits give α_i: L_i, or the slot before z_i
         self.add_text(question, pos=0)
 
     def add_text(self, tokens, pos, segment=0, loss_weight=0.0):
-        """Tokens at positions pos, pos + 1, …; with a weight, each is predicted from the slot before it."""
+        """Append tokens at positions pos, pos + 1, …
+
+        With a loss_weight each of them is predicted, the first from the slot before the text.
+        """
         slot, n = len(self.ids), len(tokens)
         self.ids += tokens
         self.pos += range(pos, pos + n)
@@ -48,7 +58,7 @@ class Sequence:
             self.loss_weight += [loss_weight] * n
 
     def add_summary(self, sum_id, pos):
-        """The summary token L_i."""
+        """Append the summary token L_i, at which the encoder predicts α_i."""
         self.summary_index.append(len(self.ids))
         self.ids.append(sum_id)
         self.pos.append(pos)
@@ -56,7 +66,7 @@ class Sequence:
         self.latent.append(0)
 
     def add_latent(self, i, pos):
-        """The latent token z_i; phase 3 predicts it from the slot before it."""
+        """Append the latent token z_i; phase 3 predicts its α_i from the slot before it."""
         self.summary_index.append(len(self.ids) - 1)
         self.ids.append(0)
         self.pos.append(pos)
@@ -65,21 +75,21 @@ class Sequence:
 
 
 def split_chunks(tokens, c):
-    """[S₀, S₁, …]: c tokens each, the last may be short."""
+    """[S₀, S₁, …]: c tokens each; the last may be shorter."""
     return [tokens[i:i + c] for i in range(0, len(tokens), c)]
 
 
 def count_chunks(length, c):
-    """How many chunks of c tokens a chain of `length` tokens makes; int or array."""
+    """The number of chunks in a chain of `length` tokens (an int or an integer array)."""
     return -(-length // c)
 
 
 def encoder_layout(question, chunks, sum_id):
-    """Phases 1 and 2, the encoder's sequence (DESIGN 4): X <bot> S₀ L S₁ L … S_{n-1} L.
+    """The encoder's sequence in phases 1 and 2, a Sequence: X <bot> S₀ L₀ S₁ L₁ … S_{n-1} L_{n-1}.
 
-        token     X  X  <bot>  a  b  L₀ c  d  L₁ e  L₂        chunks of two tokens, the last short
-        position  0  1  2      3  4  5  5  6  7  7  8         text counts as if there were no L;
-        segment   0  0  0      0  0 -1  0  0 -1  0 -1         L_i stands where the next chunk begins
+        token     X  X  <bot>  a  b  L₀ c  d  L₁ e  L₂    chunks ab, cd, e
+        position  0  1  2      3  4  5  5  6  7  7  8     the text counts as if there were no L;
+        segment   0  0  0      0  0 -1  0  0 -1  0 -1     L_i has the position of the next token
     """
     row = Sequence(question)
     pos = len(question)
@@ -91,17 +101,18 @@ def encoder_layout(question, chunks, sum_id):
 
 
 def llm_layout(question, chunks, answer, follow=None, follow_weight=1.0):
-    """Phase 1, the LLM's sequence (DESIGN 4): X <bot> z₀ [S₁] z₁ [S₂] … z_{n-1} <eot> Ans.
+    """The LLM's sequence in phase 1, a Sequence: X <bot> z₀ [S₁] z₁ [S₂] … z_{n-1} <eot> Ans.
 
-        token     X  X  <bot>  z₀ c  d  z₁ e  z₂ <eot> Ans    S₀ is never predicted, only its z read
-        position  0  1  2      3  4  5  4  5  5  6     7      each chunk counts on from its z
-        segment   0  0  0      0  1  1  0  2  0  3     3
+        token     X  X  <bot>  z₀ c  d  z₁ e  z₂ <eot> Ans    S₀ is read as z₀, never predicted
+        position  0  1  2      3  4  5  4  5  5  6     7      each chunk counts on from the z
+        segment   0  0  0      0  1  1  0  2  0  3     3      before it, and so does the next z
 
-    The weights are those of ℓ_sup: 1/n for every chunk predicted (the answer is the last of them),
-    shared by its tokens. Without any chunk it is X <bot> <eot> Ans.
+    The weights are those of ℓ_sup: 1/n for each of S₁ … S_{n-1} and `answer` (<eot> Ans), shared
+    equally by its tokens. Without any chunk the sequence is X <bot> <eot> Ans.
 
-    With `follow` = k one text goes on to the end: behind z_k stands S_{k+1} … S_{n-1} <eot> Ans, or
-    with k = −1 the whole chain behind <bot>. Its tokens share the weight follow_weight.
+    With `follow` = k one text is followed to the end: after z_k comes S_{k+1} … S_{n-1} <eot> Ans
+    (k = −1: the whole chain and the answer after <bot>), as a segment of its own. Its tokens share
+    the weight follow_weight; those of S_{k+1} have their weight in ℓ_sup besides.
 
         token     X  X  <bot>  z₀ c  d  e <eot> Ans z₁ e  z₂ <eot> Ans               follow = 0
         position  0  1  2      3  4  5  6 7     8   4  5  5  6     7
@@ -130,9 +141,10 @@ def llm_layout(question, chunks, answer, follow=None, follow_weight=1.0):
 
 
 def latent_layout(question, chunks, answer):
-    """Phase 3 (DESIGN 6), plain causal: X <bot> z₀ z₁ … z_{n-1} <eot> Ans.
+    """The LLM's sequence in phase 3, a Sequence, causal: X <bot> z₀ z₁ … z_{n-1} <eot> Ans.
 
-    Each z_i is predicted from the slot before it (`summary_index`), and so are <eot> and the answer.
+    Each α_i is predicted from the slot before z_i (`summary_index`); the tokens of `answer`, which
+    are <eot> and Ans, share the weight 1.
     """
     row = Sequence(question)
     nx, n = len(question), len(chunks)
@@ -143,9 +155,10 @@ def latent_layout(question, chunks, answer):
 
 
 def explicit_layout(question, chunks, answer, read=0):
-    """Plain SFT, causal: X <bot> S <eot> Ans; S and Ans are predicted, all tokens with one weight.
+    """The sequence of supervised fine-tuning (SFT), causal, a Sequence: X <bot> S <eot> Ans.
 
-    With `read` the first so many chunks stand there as latents, and the rest follows as text:
+    The tokens after <bot> are predicted and share the weight 1. With `read` = k the first k chunks
+    are latent tokens z₀ … z_{k-1}, and only the text after them is predicted:
 
         token     X  X  <bot>  z₀ z₁ e  <eot> Ans             read = 2
         position  0  1  2      3  4  5  6     7
@@ -159,10 +172,10 @@ def explicit_layout(question, chunks, answer, read=0):
     return row
 
 
-# ------------------------------------------------------------------------------- a batch: padded tensors
+# -------------------------------------------------------------------------- a batch: padded tensors
 
 class Layout(NamedTuple):
-    """A batch of sequences, int64 but for loss_weight; padding is 0, and has weight 0."""
+    """A batch of Sequences as int64 tensors (loss_weight: float32), padded on the right with 0."""
 
     ids: torch.Tensor            # (B, T)
     pos: torch.Tensor            # (B, T)
@@ -170,16 +183,16 @@ class Layout(NamedTuple):
     latent: torch.Tensor         # (B, T)
     predict_index: torch.Tensor  # (B, P)
     target: torch.Tensor         # (B, P)
-    loss_weight: torch.Tensor    # (B, P) float32
+    loss_weight: torch.Tensor    # (B, P), 0 at padding
     summary_index: torch.Tensor  # (B, N)
-    n: torch.Tensor              # (B,) latent tokens in each row
+    n: torch.Tensor              # (B,) latent tokens, valid entries of summary_index, in each row
 
     def to(self, device):
         return Layout(*(tensor.to(device, non_blocking=True) for tensor in self))
 
 
 def pad(rows, width, value=0, dtype=np.int64):
-    """Lists of different length as one tensor (B, width), padded on the right with `value`."""
+    """Lists of at most `width` entries as one tensor (B, width), filled up with `value`."""
     length = np.array([len(row) for row in rows])
     real = np.arange(width) < length[:, None]                       # (B, width)
     out = np.full((len(rows), width), value, dtype)
@@ -188,7 +201,7 @@ def pad(rows, width, value=0, dtype=np.int64):
 
 
 def collate(rows, T, P=1, N=1):
-    """The Layout of a batch of Sequences; T slots (rounded up to 8), P predictions, N latents at least 1."""
+    """The Layout of Sequences: T slots, rounded up to a multiple of 8; at least one P and N."""
     T, P, N = -(-int(T) // 8) * 8, max(1, int(P)), max(1, int(N))
     return Layout(
         ids=pad([row.ids for row in rows], T),
@@ -202,8 +215,11 @@ def collate(rows, T, P=1, N=1):
         n=torch.tensor([len(row.summary_index) for row in rows]))
 
 
-# Each of the following lays out the problems of a data.Batch with c tokens in a chunk. The widths are those
-# of the batch's bucket: x, s, a are the token counts of all its problems, n those of their chunks.
+# Each of the next four functions lays out the problems of a data.Batch, with c tokens in a chunk,
+# and returns a Layout. A problem p has the token lists p.question (X <bot>), p.chain (S) and
+# p.answer (<eot> Ans). A batch is drawn from a bucket of problems of similar length and padded to
+# what the longest of the whole bucket needs, so that only a few widths occur: x, s and a are int
+# arrays with the token counts of all problems of the bucket, and n the numbers of their chunks.
 
 def encoder_batch(batch, c, sum_id):
     x, s, _ = batch.bucket
@@ -213,7 +229,7 @@ def encoder_batch(batch, c, sum_id):
 
 
 def llm_batch(batch, c, follow=None, follow_weight=1.0):
-    """follow int (B,): the k of each row's llm_layout; None, or weight 0: nothing is followed."""
+    """follow int (B,): `follow` of each row's llm_layout; None, or weight 0: none is followed."""
     x, s, a = batch.bucket
     n, text = count_chunks(s, c), np.maximum(s - c, 0) + a  # S₀ is not in it
     if follow is None or not follow_weight:
@@ -233,7 +249,7 @@ def latent_batch(batch, c):
 
 
 def explicit_batch(batch, c=1, read=None):
-    """read int (B,): how many chunks of each row stand there as latents; None: no chunk."""
+    """read int (B,): the number of chunks of each row that are read as latents; None: 0."""
     x, s, a = batch.bucket
     read = [0] * len(batch.problems) if read is None else read
     rows = [explicit_layout(p.question, split_chunks(p.chain, c), p.answer, k)
@@ -242,10 +258,11 @@ def explicit_batch(batch, c=1, read=None):
 
 
 def draw_chunk(batch, c, seed, step, rank=0, world=1, none=0.0):
-    """int64 (B,): for each problem the last chunk that is read as a latent before text goes on.
+    """For each problem at random the last chunk that is read as a latent: an int64 array (B,).
 
-    With probability `none` it is −1, no chunk at all; else −1 … n−1, drawn evenly. A function of
-    (seed, step), so that a resumed run draws the same.
+    With probability `none` it is −1 (no chunk is read), otherwise one of −1 … n−1, all equally
+    likely. The random numbers are a function of (seed, step), so that a resumed run draws the same;
+    process `rank` of `world` takes those of its own problems.
     """
     n = np.array([count_chunks(len(p.chain), c) for p in batch.problems])
     rng = np.random.default_rng([seed, step, 1])
@@ -255,17 +272,20 @@ def draw_chunk(batch, c, seed, step, rank=0, world=1, none=0.0):
 
 
 def chunk_bags(batch, c):
-    """int64 (B, N, c): each chunk's tokens, -1 past its end; no wider than the bucket's longest chain."""
+    """Each chunk's tokens as a bag (see bag_weights): int64 (B, N, c), -1 past the chunk's end.
+
+    Where the longest chain of the bucket is shorter than c, its length takes the place of c.
+    """
     longest = max(1, int(batch.bucket[1].max()))
     c = min(c, longest)
     N = count_chunks(longest, c)
     return pad([p.chain for p in batch.problems], N * c, value=-1).view(-1, N, c)  # (B, N, c)
 
 
-# ----------------------------------------------------------------------------------------------- masks
+# -------------------------------------------------------------------------------------------- masks
 
 def causal_mask(T, device):
-    """bool (T, T): True where the slot of the row may see the slot of the column."""
+    """bool (T, T): True where the row's slot may see the column's, here itself and all before."""
     return torch.ones(T, T, dtype=torch.bool, device=device).tril()
 
 
@@ -273,8 +293,8 @@ def induction_mask(segment):
     """LTIM: causal, and no slot sees an earlier <sum>. segment (B, T) -> bool (B, T, T).
 
               a  b  L₀ c  d  L₁          so the text is computed as if there were no L,
-        a     ■                          and L₁ as if L₀ had never been:
-        b     ■  ■                       one pass equals n separate passes
+        a     ■                          and L₁ as if there were no L₀:
+        b     ■  ■                       one pass equals n separate passes over X S₀ … S_i L_i
         L₀    ■  ■  ■
         c     ■  ■  ·  ■
         d     ■  ■  ·  ■  ■
@@ -286,16 +306,16 @@ def induction_mask(segment):
 
 
 def supervision_mask(segment):
-    """LTSuM: causal, and text is seen by its own segment alone. segment (B, T) -> bool (B, T, T).
+    """LTSuM: causal, and a segment > 0 is seen by itself alone. segment (B, T) -> bool (B, T, T).
 
               X  z₀ c  d  z₁ e  z₂ Ans
         X     ■
         z₀    ■  ■
-        c     ■  ■  ■                    c d is chunk S₁, predicted from X z₀
+        c     ■  ■  ■                    c d is chunk S₁, predicted from X and z₀
         d     ■  ■  ■  ■
         z₁    ■  ■  ·  ·  ■              a latent sees no text,
-        e     ■  ■  ·  ·  ■  ■           nor does a chunk see another's:
-        z₂    ■  ■  ·  ·  ■  ·  ■        all they know of it is in the z
+        e     ■  ■  ·  ·  ■  ■           and a chunk no other chunk's text: what
+        z₂    ■  ■  ·  ·  ■  ·  ■        they know of it has come through the z
         Ans   ■  ■  ·  ·  ■  ·  ■  ■
     """
     key, query = segment[:, None, :], segment[:, :, None]
@@ -303,10 +323,10 @@ def supervision_mask(segment):
 
 
 def local_supervision_mask(segment, latent):
-    """Ablation, as in the authors' code: a chunk sees the z before it and itself, nothing else.
+    """Ablation, as in the authors' code: a chunk sees the z just before it and itself, not even X.
 
-    The latents, the answer and a text that is followed to the end see what they see under
-    `supervision_mask`. latent (B, T) as in Layout.
+    The latents, the answer and the text that is followed to the end see what they see under
+    `supervision_mask`. segment, latent (B, T) -> bool (B, T, T).
     """
     key, query = segment[:, None, :], segment[:, :, None]
     n = latent.amax(1)[:, None, None]
@@ -315,59 +335,62 @@ def local_supervision_mask(segment, latent):
     return supervision_mask(segment) & (~next_chunk | (key == query) | own_latent)
 
 
-# --------------------------------------------------------------------------------------- superposition
+# ------------------------------------------------------------------------------------ superposition
 
 def ordinary_softmax(logits, n_ordinary):
-    """α: float32 (..., n_ordinary), the softmax over the ordinary vocabulary; other ids get no mass."""
+    """α, float32 (..., n_ordinary): the softmax over the ordinary ids 0 … n_ordinary - 1 alone."""
     return logits[..., :n_ordinary].float().softmax(-1)
 
 
 def top_k_renormalized(alpha, k):
-    """(values, ids) (..., K): α's k largest entries, scaled to sum to 1. k = 0, or beyond V: all of them."""
+    """(values, ids), both (..., K): α's k largest entries, scaled to sum to 1, and their ids.
+
+    k = 0 or k > V takes all V entries.
+    """
     values, ids = alpha.topk(min(k or alpha.size(-1), alpha.size(-1)), dim=-1)
     return values / values.sum(-1, keepdim=True), ids
 
 
 def superpose(alpha, E, k=0):
-    """z = Σ_v α[v]·E[v], over the whole vocabulary or the top k. alpha (..., V), E (≥V, C) -> (..., C)."""
+    """z = Σ_v α[v]·E[v], over all v, or over the top k renormalized.
+
+    alpha (..., n_ordinary), E (V, C) -> z (..., C).
+    """
     if k:
         return superpose_sparse(*top_k_renormalized(alpha, k), E)
     return alpha @ E[:alpha.size(-1)].to(alpha.dtype)
 
 
 def superpose_sparse(values, ids, E):
-    """The same from K stored entries: values (..., K), ids (..., K), E (V, C) -> z (..., C)."""
+    """z from K entries of α: values (..., K), ids int64 (..., K), E (V, C) -> z (..., C)."""
     K = values.size(-1)
     values, shape = values.reshape(-1, K).to(E.dtype), values.shape[:-1]
     z = F.embedding_bag(ids.reshape(-1, K), E, per_sample_weights=values, mode="sum")
     return z.view(*shape, -1)  # (..., C)
 
 
-def bag_weights(bag, dtype=torch.float32):
-    """The weights of a chunk's tokens in its bag: (B, N, c), falling, of sum 1; 0 past its end.
+def superpose_bags(bag, E):
+    """The plainest z, made without an encoder: the mean of a chunk's token embeddings.
 
-    They fall as m, m − 1, …, 1 over a chunk of m tokens, so that a bag still tells their order.
-    bag int64 (B, N, c): the chunks' tokens, -1 past their ends.
+    Its α is the distribution of a token drawn from the chunk. bag int64 (B, N, c), padded with -1;
+    E (V, C) -> z (B, N, C).
     """
     real = bag >= 0                                                       # (B, N, c)
-    rank = real.sum(2, keepdim=True) - torch.arange(bag.size(2), device=bag.device)
-    weight = rank.clamp(min=0).to(dtype)                                  # (B, N, c)
-    return weight / weight.sum(2, keepdim=True).clamp(min=1)
-
-
-def superpose_bags(bag, E):
-    """The plainest z, made without an encoder: α is the chunk's bag. (B, N, c) -> (B, N, C)."""
-    return superpose_sparse(bag_weights(bag, E.dtype), bag.clamp(min=0), E)
+    values = real.to(E.dtype) / real.sum(2, keepdim=True).clamp(min=1)    # (B, N, c)
+    return superpose_sparse(values, bag.clamp(min=0), E)
 
 
 def insert_latents(x, z, latent):
-    """The embeddings x (B, T, C) with z_i of z (B, N, C) wherever `latent` (B, T) is i + 1."""
+    """x (B, T, C) with z_i, of z (B, N, C), in the slots where `latent`, int64 (B, T), is i + 1."""
     index = (latent - 1).clamp(min=0)[:, :, None].expand(-1, -1, z.size(2))  # (B, T, C)
     return torch.where(latent[:, :, None] > 0, z.to(x.dtype).gather(1, index), x)
 
 
 def summarize(encoder, layout, n_ordinary):
-    """All summaries of a batch in one pass: α float32 (B, N, n_ordinary); past a row's n: anything."""
+    """All summaries of a batch in one pass of the encoder: α float32 (B, N, n_ordinary).
+
+    layout is that of encoder_batch. The entries past a row's n have no meaning.
+    """
     x = encoder.wte(layout.ids)  # (B, T, C)
     mask = induction_mask(layout.segment)
     hidden = encoder(x, layout.pos, mask, index=layout.summary_index)  # (B, N, C)

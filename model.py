@@ -5,15 +5,16 @@
     hidden = model(model.wte(ids))                    # (B, T, C)
     logits = model.head(hidden)                       # (B, T, V)
 
-Two things differ from an everyday GPT, and both are for latent tokens. The input is a sequence of
-vectors, so that a point between token embeddings is as good an input as a token. And where a vector is
-stored (its slot), where it stands in the sentence (its position) and what it sees (its row of the mask)
-are three separate things, so that one pass can compute many continuations.
+Two things differ from an ordinary GPT, and both are for latent tokens. The input is a sequence of
+vectors, so that a weighted mean of token embeddings can be fed as well as a token. And three things
+are separate: where a vector is stored (its slot), which position embedding it gets (its position),
+and which slots it attends to (its row of the mask). So one pass can hold several continuations of
+the same prefix: they occupy different slots, start at the same position and do not see each other.
 
 Shapes, here and in every file:
-    B  batch             T  slots fed in this call           S  slots seen: those in the cache, then T
-    C  channels          H  heads, of D = C / H channels     V  vocabulary
-    N  latent tokens     K  entries of a top-k               P  slots whose hidden state is wanted
+    B  batch           T  slots fed in this call         S  slots attended to: the cache's, then T
+    C  channels        H  heads, of D = C / H channels   V  vocabulary
+    N  latent tokens   K  entries of a top-k             P  slots whose hidden state is returned
 """
 import math
 import re
@@ -25,14 +26,14 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-GPT2 = {  # layers, heads, channels; all have 1024 positions
+GPT2 = {  # layers, heads, channels; each has 1024 positions
     "gpt2": (12, 12, 768),
     "gpt2-medium": (24, 16, 1024),
     "gpt2-large": (36, 20, 1280),
     "gpt2-xl": (48, 25, 1600),
 }
 GPT2_URL = "https://huggingface.co/openai-community/{}/resolve/main/pytorch_model.bin"
-GPT2_SHA256 = {  # of the file above; the larger models' are read from the hub, see gpt2_weights
+GPT2_SHA256 = {  # of that file; for the larger models it is read from the hub
     "gpt2": "7c5d3f4b8b76583b422fcb9189ad6c89d5d97a094541ce8932dce3ecabde1421",
 }
 
@@ -44,7 +45,7 @@ class GPTConfig:
     n_layer: int = 4
     n_head: int = 4
     n_embd: int = 128
-    gelu: str = "none"  # F.gelu's `approximate`: a CPU is faster at the exact one; GPT-2 has "tanh"
+    gelu: str = "none"  # F.gelu's `approximate`: exact is faster on a CPU, GPT-2 has "tanh"
 
     def __post_init__(self):
         if self.n_embd % self.n_head:
@@ -52,10 +53,10 @@ class GPTConfig:
 
 
 class KVCache:
-    """Keys and values of the vectors already read, one slot each. The caller makes it and passes it in.
+    """Keys and values of the vectors already read, one slot each; the caller makes it.
 
-    Slots are filled in the order of the calls, whatever the positions. All rows share `length`; a row
-    that is shorter leaves slots unused, and its mask hides them.
+    Slots are filled in the order of the calls, whatever the positions. All rows share `length`; a
+    row that is shorter holds padding in some slots, and its mask hides them.
     """
 
     def __init__(self, config, batch, slots, device=None, dtype=None):
@@ -66,7 +67,10 @@ class KVCache:
         self.length = 0  # slots in use; only GPT.forward advances it
 
     def append(self, layer, k, v):
-        """Store k, v (B, H, T, D) in the next T slots; return all so far, (B, H, S, D) each."""
+        """Store k, v (B, H, T, D) in the next T slots; return all so far, (B, H, S, D) each.
+
+        Raises ValueError where fewer than T slots are free.
+        """
         end = self.length + k.size(2)
         if end > self.k.size(3):
             raise ValueError(f"the cache has {self.k.size(3)} slots and {end} are needed")
@@ -76,7 +80,7 @@ class KVCache:
 
 
 def gather_slots(x, index):
-    """The slots named by `index`: x (B, H, T, D), index int64 (B, P) -> (B, H, P, D)."""
+    """Of x (B, H, T, D) the slots in `index`, int64 (B, P): (B, H, P, D)."""
     return x.gather(2, index[:, None, :, None].expand(-1, x.size(1), -1, x.size(3)))
 
 
@@ -149,8 +153,8 @@ class GPT(nn.Module):
             if "c_proj" in name and p.dim() == 2:  # adds to the residual stream, 2 · n_layer times
                 nn.init.normal_(p, std=std / math.sqrt(2 * self.config.n_layer))
             elif name == "wpe.weight":
-                # small: a text stands elsewhere once latents shorten what precedes it, so a model
-                # should find its way by content before it does by position
+                # small: a chunk replaced by one z moves all that follows to lower positions, so
+                # attention should go by content before it goes by position
                 nn.init.normal_(p, std=std / 10)
             elif p.dim() == 2:
                 nn.init.normal_(p, std=std)
@@ -163,10 +167,11 @@ class GPT(nn.Module):
         x      float (B, T, C): token embeddings `wte(ids)`, latent tokens z, or both mixed
         pos    int64 (B, T) or (T,): the positions; None: counted on from the cache
         mask   bool (B, T, S), (1, T, S) or (T, S): True = visible; None: causal. A slot that sees
-               nothing comes out as NaN
-        cache  KVCache to read and to extend
-        index  int64 (B, P): return the hidden states of these slots alone; the last block and the
-               head then cost P and not T
+               no slot at all gets NaN
+        cache  KVCache to read and to extend; it must have room for T more slots
+        index  int64 (B, P): return the hidden states of these slots alone. In the last block all T
+               slots are still keys and values, but its attention scores and MLP, and then the
+               head, are computed for P slots
         """
         T = x.size(1)
         seen = cache.length if cache is not None else 0
@@ -187,21 +192,22 @@ class GPT(nn.Module):
         return self.ln_f(x)
 
     def head(self, hidden):
-        """Hidden states (..., C) to logits (..., V), in the weights' dtype under autocast too.
+        """Hidden states (..., C) to logits (..., V), in the weights' dtype even under autocast.
 
-        GPT-2's logits lie far below zero, where bfloat16 numbers are 0.25 or more apart.
+        GPT-2's logits are far below zero, where neighbouring bfloat16 numbers are 0.25 or more
+        apart.
         """
         with torch.autocast(hidden.device.type, enabled=False):
             return F.linear(hidden.to(self.wte.weight.dtype), self.wte.weight)
 
     @classmethod
     def from_gpt2(cls, name, vocab_size=50304, state=None):
-        """GPT-2's published weights, with rows added to the vocabulary for the special tokens.
+        """A GPT with GPT-2's published weights, and new rows of E for the special tokens.
 
-        `state` is a state dict to read in place of the published one (see gpt2_weights, also for
-        what it raises). A new row is the mean of the old ones: GPT-2's logits are far below zero, so
-        that a row near zero would win every softmax. Raises ValueError where a tensor is missing or
-        has another shape.
+        `state` is a state dict to read in place of the published one. A new row is the mean of the
+        old ones: GPT-2's logits are far below zero, so that a row near zero would have the largest
+        logit everywhere. Raises ValueError where a tensor is missing or has another shape, and
+        what gpt2_weights raises.
         """
         n_layer, n_head, n_embd = GPT2[name]
         published = gpt2_weights(name) if state is None else state
@@ -224,9 +230,9 @@ class GPT(nn.Module):
 
 
 def gpt2_weights(name):
-    """GPT-2's state dict as published: from torch's cache, or downloaded there and checked.
+    """GPT-2's state dict as published: from torch's cache, or downloaded to it.
 
-    Raises OSError, RuntimeError or ValueError where the download fails or is another file.
+    Raises OSError or ValueError where the download fails, RuntimeError where its checksum differs.
     """
     file = Path(torch.hub.get_dir(), "checkpoints", f"openai-{name}.bin")
     if not file.is_file():
@@ -238,7 +244,10 @@ def gpt2_weights(name):
 
 
 def published_sha256(url):
-    """The checksum of a large file on the hub, whose git holds a note with it in the file's place."""
+    """The SHA-256 of a large file on the hub, from the pointer that its git stores in its place.
+
+    Raises OSError where the hub cannot be reached, ValueError where it does not give the checksum.
+    """
     with urllib.request.urlopen(url.replace("/resolve/", "/raw/"), timeout=60) as note:
         found = re.search(rb"sha256:([0-9a-f]{64})", note.read(1000))
     if not found:

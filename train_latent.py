@@ -1,12 +1,14 @@
-"""Phase 3: the LLM learns to write the latent tokens itself, and to answer after them.
+"""Phase 3: the LLM learns to produce the latent tokens itself, and to answer after them.
 
     python train_latent.py
 
 The model starts as the LLM of phase 1, which can read latents. A problem is now the sequence
-X <bot> z_0 … z_{n-1} <eot> Ans with the α that phase 2 stored, plain causal, and the model learns to
-predict each next thing: the next α (L_lat), then <eot> and the answer (L_exp). At every update the α are
-perturbed anew with Gumbel noise, input and target alike, so that the model meets many chains around the
-one stored. It is scored by decoding: latents until it says <eot> by itself. Next: python analyze.py
+X <bot> z₀ … z_{n-1} <eot> Ans, made of the α that phase 2 stored, under the causal mask. The
+model's next-token distribution must match α_i at the slot before z_i (L_lat), and predict <eot> and
+the answer after the last z (L_exp). At every update the α are perturbed anew with Gumbel noise, in
+the input and in the target, so that the model sees many chains around the stored one. It is scored
+by latent decoding: it feeds itself latents until it predicts <eot>, then writes the answer.
+Next: python analyze.py
 """
 import torch
 
@@ -19,16 +21,17 @@ from losses import gumbel_noise, gumbel_perturb, latent_kl, weighted_nll
 
 def add_flags(p):
     p.add_argument_group("ablations").add_argument(
-        "--noise", type=float, help="scale of the Gumbel noise (default: 1, as in the paper; on the toy "
-        "task 0.25; 0 = off)")
+        "--noise", type=float, help="scale of the Gumbel noise (default: 1, as in the paper; on "
+        "the toy task 0.25; 0 = off)")
 
 
-# ------------------------------------------------------------------------------------------ the idea
+# ----------------------------------------------------------------------------------------- the idea
 
 def latent_loss(llm, seq, values, ids, noise):
-    """Phase 3: (L_exp, L_lat), one pass over X <bot> z_0 … z_{n-1} <eot> Ans.
+    """Phase 3: (L_exp, L_lat), one causal pass over X <bot> z₀ … z_{n-1} <eot> Ans.
 
-    values, ids (B, N, K): the stored α; noise (B, N, K). The perturbed p̃ is the input z and the target.
+    seq: the Layout of latent_batch; values float32, ids int64 (B, N, K): the stored α; noise
+    float32 (B, N, K). The perturbed p̃ makes the input z, and is the target.
     """
     N = seq.summary_index.size(1)
     p = gumbel_perturb(values, noise)                                          # (B, N, K)
@@ -40,10 +43,10 @@ def latent_loss(llm, seq, values, ids, noise):
     return exp, latent_kl(p, ids, logits[:, :N], seq.n)
 
 
-# ------------------------------------------------------------------------------------------ the loop
+# ----------------------------------------------------------------------------------------- the loop
 
 def train_latent(llm, store, train, val, args, env):
-    """L_auto = L_exp + L_lat."""
+    """Minimise L_auto = L_exp + L_lat; the score is the accuracy of latent decoding on `val`."""
     c = args.chunk_size
     caps = train.caps(c)
     forward = common.compiled(latent_loss, args)
@@ -73,7 +76,7 @@ def train_latent(llm, store, train, val, args, env):
             run.save(result["accuracy"], steps=result["steps"])
 
 
-# ----------------------------------------------------------------------------------------- the script
+# --------------------------------------------------------------------------------------- the script
 
 def main(argv=None):
     p = common.parser(__doc__, "latent")

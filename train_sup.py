@@ -9,7 +9,7 @@ to read them.
 
 First a warm-up, supervised fine-tuning (SFT) on X <bot> S <eot> Ans, kept as sft.pt: an LLM that
 thinks in text. In half of its rows the first chunks are given as the plainest latents there are,
-weighted means of their tokens' embeddings, so that it can read z before an encoder writes any.
+the means of their tokens' embeddings, so that it can read z before an encoder writes any.
 
 Encoder and LLM then start as copies of it. For a few updates the encoder alone learns that α_i
 should hold the tokens of chunk S_i. Then both learn together: the encoder turns S_i into α_i, and
@@ -45,7 +45,7 @@ def add_flags(p):
         "(default: as many as latent has in all three loops)")
     add = p.add_argument_group("ablations").add_argument
     add("--mixed", type=float, default=0.5, help="warm-up: share of the rows that begin with "
-        "latents, their chunks' weighted means (default: 0.5; 0 = plain SFT)")
+        "latents, the means of their chunks (default: 0.5; 0 = plain SFT)")
     add("--bag", type=float, default=1.0, help="bag-of-tokens loss on α: its weight λ, which "
         "falls to a half of this (default: 1; 0 = off)")
     add("--bag-steps", type=int, help="the first of --steps, in which the encoder learns by that "
@@ -144,9 +144,11 @@ def train_superposition(encoder, llm, train, val, args, env):
         bag = chunk_bags(batch, c).to(env.device)
         with env.autocast():
             if step < args.bag_steps:  # as long as z means nothing, the LLM has nothing to learn
+                rate = common.schedule(step, args.bag_steps)
                 kl = forward_bag(encoder, enc, bag, tokenizer.n_ordinary)
                 sup = torch.zeros_like(kl)
             else:
+                rate = common.schedule(step - args.bag_steps, steps - args.bag_steps)
                 sup, kl = forward(encoder, llm, enc, seq, bag, tokenizer.n_ordinary, args.top_k,
                                   args.local)
         bag_weight = args.bag * (1 - 0.5 * step / steps)
@@ -155,7 +157,7 @@ def train_superposition(encoder, llm, train, val, args, env):
         common.average_gradients(parameters, env.world)
         norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         for group in optimizer.param_groups:
-            group["lr"] = group["peak_lr"] * common.schedule(step, steps)
+            group["lr"] = group["peak_lr"] * rate
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         run.log(loss=loss, sup=sup, bag=kl, norm=norm)
