@@ -204,7 +204,7 @@ def evaluate(llm, problems, env, thought, caps, encoder=None, chunk_size=1, top_
     """
     if prompt is None:
         prompt = partial(question_prompt, llm, env=env)
-        if encoder is not None and thought in ("gold", "continue"):
+        if thought in ("gold", "continue"):
             summarized = gold_prompt if thought == "gold" else continuation_prompt
             prompt = partial(summarized, llm, encoder, env=env, c=chunk_size, top_k=top_k)
     # with an encoder fewer: its α (B, N, n_ordinary) is large

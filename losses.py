@@ -33,7 +33,7 @@ def weighted_nll(logits, target, weight):
 
 
 def bag_kl(alpha, bag, n):
-    """KL(bag_i ‖ α_i), bag_i the distribution of a token drawn from chunk i (DESIGN 4).
+    """KL(bag_i ‖ α_i), bag_i the distribution of a token drawn from chunk i.
 
     alpha (B, N, n_ordinary); bag int64 (B, N, c): the chunks, -1 past their ends; n (B,).
     """

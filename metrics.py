@@ -1,4 +1,4 @@
-"""What is measured: pure functions of α, of chains and of paths (DESIGN 7). No model runs here.
+"""What is measured: pure functions of α, of chains and of paths. No model runs here.
 
     wilson, mean            a share's interval; the mean of what is defined
     ecr, measure_ecr        how much of its chunk a summary holds

@@ -13,7 +13,7 @@ the means of their tokens' embeddings, so that it can read z before an encoder w
 
 Encoder and LLM then start as copies of it. For a few updates the encoder alone learns that α_i
 should hold the tokens of chunk S_i. Then both learn together: the encoder turns S_i into α_i, and
-the LLM, which sees X and z_0 … z_i but no text of the chain, must predict chunk S_{i+1}; after one
+the LLM, which sees X and z₀ … z_i but no text of the chain, must predict chunk S_{i+1}; after one
 z_k of each problem it must write all the rest. The only path from this loss to the encoder is
 through z. Next: python compress.py
 """
@@ -33,8 +33,7 @@ from encoder import (chunk_bags, draw_chunk, encoder_batch, explicit_batch, inse
 from losses import bag_kl, weighted_nll
 from model import GPT, GPT2, GPTConfig
 
-
-NONE = 0.25  # in such a share of the problems the text that is followed starts before any latent
+NONE = 0.25  # the share of problems in which the text that is followed starts before any latent
 
 
 def add_flags(p):
