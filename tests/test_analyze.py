@@ -1,6 +1,7 @@
 """The analysis: chains recorded and given back, controls, known paths, the report of a run."""
 import contextlib
 import json
+import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -161,7 +162,7 @@ def test_gsm8k_has_810_problems_of_several_chains(gsm8k):
 # ------------------------------------------------------------------------------- a run, all of it
 
 TINY = ["--n-layer", "1", "--n-embd", "16", "--n-head", "1", "--batch-size", "8",
-        "--sft-steps", "1", "--steps", "1"]
+        "--sft-steps", "1", "--steps", "1", "--bag-steps", "0"]
 
 
 @pytest.fixture(scope="module")
@@ -187,17 +188,38 @@ def report_of(out, *flags):
 def test_report_has_its_sections_and_no_nan(run, capsys):
     r = report_of(run)
     assert {"accuracy", "interval", "steps", "seconds", "unparseable", "capped", "controls",
-            "continuation", "ecr", "parallelism", "shape"} <= set(r)
-    assert r["accuracy"]["no_cot"] is None and "no_cot.pt" in capsys.readouterr().out
-    for way in ("explicit", "latent", "gold"):
+            "collapse", "continuation", "ecr", "parallelism", "shape"} <= set(r)
+    assert r["accuracy"]["explicit"] is None and r["accuracy"]["no_cot"] is None
+    assert "train_sup.py --baselines" in capsys.readouterr().out
+    for way in ("warm_up", "latent", "gold"):
         low, high = r["interval"][way]
         assert low <= r["accuracy"][way] <= high
-    assert r["parallelism"]["problems"] == 12 and r["parallelism"]["paths"] == 2
-    # given its own chain, it answers as it did
+    assert r["parallelism"]["problems"] == 12 and r["parallelism"]["paths"] == 6
+    # given its own chain, it answers as it did; so it does when nothing is taken from its z
     assert r["controls"]["accuracy"]["own"] == r["accuracy"]["latent"]
+    assert r["collapse"]["accuracy"]["own"] == r["accuracy"]["latent"]
     for section, axis in (("controls", "k"), ("continuation", "i")):
         curve = r[section].get("cut", r[section])
         assert len(curve[axis]) == len(curve["accuracy"]) and curve[axis][0] == 0
+
+
+def test_one_command_trains_the_baselines_and_the_report_has_them(run, tmp_path):
+    """explicit.pt goes on from sft.pt, no_cot.pt starts anew; both have the updates asked for."""
+    out = shutil.copytree(run, tmp_path / "run")
+    before = (out / "sup.pt").read_bytes(), (out / "sft.pt").read_bytes()
+    train_sup.main([*TINY, "--out", str(out), "--baselines", "--baseline-steps", "3"])
+    assert before == ((out / "sup.pt").read_bytes(), (out / "sft.pt").read_bytes())
+    steps = {name: torch.load(out / f"{name}.state.pt", weights_only=True)["step"]
+             for name in ("sft", "explicit", "no_cot")}
+    assert steps == {"sft": 1, "explicit": 2, "no_cot": 3}
+    accuracy = report_of(out)["accuracy"]
+    assert accuracy["explicit"] is not None and accuracy["no_cot"] is not None
+
+
+def test_another_split_has_a_report_of_its_own(run, tmp_path):
+    out = shutil.copytree(run, tmp_path / "run")
+    analyze.main(["--out", str(out), "--split", "val"])
+    assert json.loads((out / "report-val.json").read_text())["problems"] == 8
 
 
 def test_page_holds_what_the_report_says(run):
