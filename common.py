@@ -539,6 +539,8 @@ class Run:
                             "with --resume, start over with --overwrite, or choose another --out")
         if env.rank == 0:
             self.open_log()
+        if env.world > 1:
+            dist.barrier()  # all have seen what was there before the first one writes
 
     def restore(self, depends):
         saved = load_checkpoint(self.state)

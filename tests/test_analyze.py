@@ -18,8 +18,8 @@ from analyze import control_chains, measure_controls, pad_paths, paths_of_next_p
 from data import UserError, known_paths, parse_solved
 from encoder import count_chunks
 from model import GPT, GPTConfig
-from probes import (Setting, decode_after_latents, decode_after_prefixes, decode_split,
-                    record_latents, record_summaries)
+from probes import (Setting, decode_after_latents, decode_after_prefixes, decode_along_path,
+                    decode_split, record_latents, record_summaries)
 from test_report import Page
 
 
@@ -45,6 +45,24 @@ def setting(toy_tokenizer):
 
 def texts(answers):
     return [answers[row][0].removeprefix("<eot>") for row in range(6)]
+
+
+def test_a_chain_forced_along_a_path_holds_its_tokens_alone(setting):
+    """With a token a chunk each z is that token's embedding, past the path q is as it was."""
+    llm = random_model(setting.env.tokenizer, seed=0)
+    path = torch.randint(0, setting.env.tokenizer.n_ordinary, (6, 3, 1))
+    fed = []
+    llm.register_forward_pre_hook(lambda module, args: fed.append(args[0]))
+    one = setting._replace(batch_size=6)  # rows come as the batch has them: the shortest first
+    decode_along_path(one, llm, path)
+    order = next(one.problems.eval_batches(6)).rows
+    E = llm.wte.weight
+    for step in range(3):
+        x = fed[1 + step][:, 0]
+        thinking = (x - E[path[order, step, 0]]).abs().amax(1) < 1e-5
+        assert thinking.any()
+    x = fed[4][:, 0]
+    assert not ((x[:, None] - E[None]).abs().amax(2).amin(1) < 1e-5).all()  # superposed again
 
 
 def test_a_model_given_its_own_chain_writes_what_it_wrote(setting):

@@ -23,13 +23,19 @@ TINY = ["--n-layer", "1", "--n-embd", "16", "--n-head", "2", "--batch-size", "8"
         "--sft-steps", "4", "--steps", "4", "--bag-steps", "1", "--eval-every", "2"]
 FEW = {"train": 64, "val": 8, "test": 8}
 START = f"""
-import common, data, sys, train_latent, train_sup
+import common, data, os, sys, time, train_latent, train_sup
+
+class LateRun(common.Run):
+    def __init__(self, *args, **kwargs):
+        time.sleep(float(os.environ.get("LATE", 0)) * int(os.environ["RANK"]))
+        super().__init__(*args, **kwargs)
 
 def main():
     for phase, flags in zip(sys.argv[1::2], sys.argv[2::2]):
         {{"sup": train_sup, "latent": train_latent}}[phase].main(flags.split())
 
 data.TOY_SIZE.update({FEW})
+common.Run = LateRun
 common.start(main)
 """
 
@@ -47,10 +53,10 @@ def spawn(world, phases, cwd):
             for rank in range(world)]
 
 
-def processes(world, *phases, cwd, until=None):
+def processes(world, *phases, cwd, until=None, pressed=()):
     """Run these phases in `world` processes: [(exit status, output)].
 
-    until: a log; once there is something in it, every process gets what Ctrl-C sends.
+    until: a log; once there is something in it, the processes `pressed` get what Ctrl-C sends.
     """
     started = spawn(world, phases, cwd)
     try:
@@ -58,8 +64,8 @@ def processes(world, *phases, cwd, until=None):
             if until.is_file() and until.stat().st_size:
                 break
             time.sleep(0.1)
-        for p in started if until else ():
-            p.send_signal(signal.SIGINT)
+        for rank in pressed:
+            started[rank].send_signal(signal.SIGINT)
         said = [p.communicate(timeout=300)[0] for p in started]
         return [(p.returncode, output) for p, output in zip(started, said)]
     finally:
@@ -101,9 +107,19 @@ def test_two_processes_learn_what_one_does(tmp_path, monkeypatch):
                                            err_msg=f"{name} {model} {key}")
 
 
-def test_ctrl_c_stops_all_processes_after_the_same_update(tmp_path):
+def test_a_process_may_come_late(tmp_path, monkeypatch):
+    """Where a loop has no updates the first process is done with it before the second begins."""
+    monkeypatch.setenv("LATE", "2")
+    flags = " ".join([*TINY, "--sft-steps", "0", "--out", "run"])
+    ended = processes(2, "sup", flags, cwd=tmp_path)
+    assert [status for status, _ in ended] == [0, 0], ended[0][1] + ended[1][1]
+
+
+@pytest.mark.parametrize("pressed", [(0, 1), (1,)], ids=["both", "the second alone"])
+def test_ctrl_c_stops_all_processes_after_the_same_update(tmp_path, pressed):
     flags = " ".join([*TINY, "--sft-steps", "100000", "--eval-every", "100000", "--out", "run"])
-    ended = processes(2, "sup", flags, cwd=tmp_path, until=tmp_path / "run" / "sft.jsonl")
+    log = tmp_path / "run" / "sft.jsonl"
+    ended = processes(2, "sup", flags, cwd=tmp_path, until=log, pressed=pressed)
     sentence = r"stopped after (\d+) of 100000 updates of sft and saved"
     said = [re.search(sentence, output) for _, output in ended]
     assert [status for status, _ in ended] == [1, 1], ended
