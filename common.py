@@ -36,8 +36,8 @@ PRESETS = {  # the defaults that depend on --data; "gsm8k" serves everything but
     "toy": dict(
         n_layer=3, n_head=8, n_embd=128, block_size=96,
         batch_size=32, chunk_size=2, eval_every=250, noise=0.25,
-        sft_steps=1700, lr={"sup": 2e-3, "latent": 2e-3}, llm_lr=5e-4,
-        bag_steps=100, steps={"sup": 450, "latent": 900},
+        sft_steps=2000, lr={"sup": 2e-3, "latent": 2e-3}, llm_lr=5e-4,
+        bag_steps=100, steps={"sup": 450, "latent": 800},
     ),
     "gsm8k": dict(
         n_layer=4, n_head=4, n_embd=256, block_size=384,
