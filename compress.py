@@ -64,6 +64,18 @@ def open_store(folder, meta, offsets, args):
     return values, ids, 0, 0.0
 
 
+def top_entries(alpha, n, start, K):
+    """A batch's latents one after another: (rows of the store, α's K largest entries, their ids).
+
+    alpha float32 (B, N, n_ordinary); n int64 (B,): latents of each problem; start int64 (B,): the
+    row of its first one. Arrays (latents,), float32 (latents, K), int64 (latents, K).
+    """
+    top = alpha.topk(K)                                                   # (B, N, K)
+    real = torch.arange(alpha.size(1), device=n.device) < n[:, None]      # (B, N)
+    rows = start[:, None] + np.arange(alpha.size(1))                      # (B, N)
+    return rows[real.cpu().numpy()], top.values[real].cpu().numpy(), top.indices[real].cpu().numpy()
+
+
 def report_ecr(folder, train, c):
     """Print the ECR at K = c: how many of a chunk's tokens are among the top c of its α."""
     rows = np.arange(min(SAMPLE, len(train)))
@@ -101,14 +113,10 @@ def main(argv=None):
             enc = encoder_batch(batch, c, tokenizer.sum).to(env.device)
             with env.autocast():
                 alpha = summarize(encoder, enc, tokenizer.n_ordinary)     # (B, N, n_ordinary)
-            top = alpha.topk(K)                                           # (B, N, K)
-            real = torch.arange(alpha.size(1), device=env.device) < enc.n[:, None]  # (B, N)
-            kept = top.values[real].cpu().numpy()                         # (latents, K)
-            rows = offsets[batch.rows][:, None] + np.arange(alpha.size(1))  # (B, N)
-            rows = rows[real.cpu().numpy()]                               # (latents,)
-            values[rows] = kept / kept.sum(1, keepdims=True)
-            ids[rows] = top.indices[real].cpu().numpy()
-            mass += float(kept.sum())
+            rows, top, top_ids = top_entries(alpha, enc.n, offsets[batch.rows], K)
+            values[rows] = top / top.sum(1, keepdims=True)
+            ids[rows] = top_ids
+            mass += float(top.sum())
             if done % SAVE_EVERY == 0 or done == len(batches) or interrupt.pressed:
                 values.flush()
                 ids.flush()

@@ -168,7 +168,7 @@ def same_spans(path):
 
 
 def distinct_spans(path):
-    """The first path of those that have the same span at t: bool (R, M, N); False past a path's end.
+    """The first path of those that have the same span at t: bool (R, M, N); False past its end.
 
     Where no more than one path is left the paths do not differ at t.
     """

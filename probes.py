@@ -141,10 +141,11 @@ def decode_after_prefixes(setting, llm, latents, end_of_thought=True):
 
 
 def decode_along_path(setting, llm, path, top_k=0):
-    """Latent decoding in which each q is restricted to the tokens of one path's chunk, and rescaled.
+    """Latent decoding in which each q is restricted to the tokens of one path's chunk.
 
-    Where q has no mass on the chunk, its tokens get equal shares. Past the path's last chunk q stays
-    as it is, so that the model ends its chain itself. path int64 (R, chunks, c), padded with -1.
+    It is scaled to sum to 1 again; where it has no mass there, the tokens get equal shares. Past
+    the path's last chunk q stays as it is, so that the model ends its chain itself.
+    path int64 (R, chunks, c), padded with -1.
     Returns what `decode.evaluate` does.
     """
     def on_latent(batch, step, q, active):
