@@ -14,6 +14,8 @@ TEMPLATE = Path(__file__).with_name("assets") / "report.html"
 LABELS = {"warm_up": "Explicit, the warm-up", "explicit": "Explicit chain of thought",
           "no_cot": "No chain of thought", "latent": "Latent chain",
           "gold": "Summaries by the encoder"}
+LOOPS = {"sft": "Warm-up (sft)", "sup": "Phase 1 (sup)", "latent": "Phase 3 (latent)",
+         "explicit": "Baseline: explicit", "no_cot": "Baseline: no chain of thought"}
 FIGURES = ("accuracy", "interval", "steps", "seconds", "unparseable", "capped")
 CHAINS = ("encoder", "latent")  # the encoder's summaries of the true chain; what the model thinks
 HEAVIEST = 5                    # tokens of each latent that are shown
@@ -208,6 +210,16 @@ def shape_charts(shape):
     return charts | norms
 
 
+def learning_curves(loops):
+    """A chart for each loop: its validation score and its loss, by updates."""
+    html = ""
+    for name, loop in loops.items():
+        svg = chart({"validation": loop["score"], "loss": loop["loss"]}, loop["step"])
+        html += f"<figure><strong>{LOOPS[name]}</strong>{svg}"
+        html += "<figcaption>by updates</figcaption></figure>"
+    return html
+
+
 def page(report, pictures):
     """report.html as text: one file, no script, no request.
 
@@ -227,6 +239,7 @@ def page(report, pictures):
         "controls": table({key: controls[key] for key in ("accuracy", "interval")}),
         "collapse": table({key: report["collapse"][key] for key in ("accuracy", "interval")}),
         "ecr": ecr_table(report["ecr"]),
+        "curves": learning_curves(report["curves"]),
         "more": "\n".join(pictures[1:])}
     content |= curves(controls, report["continuation"])
     content |= path_figures(report["parallelism"])

@@ -206,7 +206,7 @@ def report_of(out, *flags):
 def test_report_has_its_sections_and_no_nan(run, capsys):
     r = report_of(run)
     assert {"accuracy", "interval", "steps", "seconds", "unparseable", "capped", "controls",
-            "collapse", "continuation", "ecr", "parallelism", "shape"} <= set(r)
+            "collapse", "continuation", "curves", "ecr", "parallelism", "shape"} <= set(r)
     assert r["accuracy"]["explicit"] is None and r["accuracy"]["no_cot"] is None
     assert "train_sup.py --baselines" in capsys.readouterr().out
     for way in ("warm_up", "latent", "gold"):
@@ -232,6 +232,17 @@ def test_one_command_trains_the_baselines_and_the_report_has_them(run, tmp_path)
     assert steps == {"sft": 1, "explicit": 2, "no_cot": 3}
     accuracy = report_of(out)["accuracy"]
     assert accuracy["explicit"] is not None and accuracy["no_cot"] is not None
+
+
+def test_a_learning_curve_is_what_the_log_says(tmp_path, capsys):
+    rows = [{"step": 1, "loss": 4.0}, {"step": 2, "loss": 2.0}, {"step": 2, "score": 0.5},
+            {"step": 3, "loss": 1.0}, {"step": 3, "score": 0.75}]
+    (tmp_path / "sft.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "sup.jsonl").write_text("")
+    (tmp_path / "latent.jsonl").write_text('{"step": 1, "lo')
+    curves = analyze.read_curves(tmp_path)
+    assert curves == {"sft": {"step": [2, 3], "score": [0.5, 0.75], "loss": [3.0, 1.0]}}
+    assert "latent.jsonl is damaged" in capsys.readouterr().out
 
 
 def test_another_split_has_a_report_of_its_own(run, tmp_path):
