@@ -8,7 +8,7 @@ report.json (shares are 0 … 1; lists go by position, K, k or i; null: not trai
 problems, config   how many of the test split; the flags, versions, commit and data of this run and
                    of every model in it
 accuracy, interval (95 %), steps, seconds, unparseable, capped (problems)
-                   of {explicit, no_cot, latent, gold}
+                   of {warm_up, explicit, no_cot, latent, gold}
 controls           accuracy, interval of {own, zeroed, shuffled, random}: the latent model when it
                    is given such a chain; donor: the share of the shuffled in which it writes the
                    answer of the problem whose chain it is; cut {problems, k, accuracy}: it is given

@@ -166,7 +166,13 @@ def setup(p, phase, argv=None):
 
 def fill_in_defaults(args, phase, parent):
     """A flag that was not given is inherited from phase 1, or else the preset of --data has it."""
-    inherited = {field: parent["config"][field] for field in INHERITED} if parent else {}
+    inherited = {}
+    if parent:
+        for field in (*INHERITED, "top_k", "model"):
+            if field not in parent["config"]:
+                raise UserError(f"{args.out / 'sup.pt'} does not say its {field}: another version "
+                                "wrote it; run train_sup.py again, with --overwrite")
+        inherited = {field: parent["config"][field] for field in INHERITED}
     for field in set(inherited) - {"data_dir"}:
         given = getattr(args, field, None)
         if given not in (None, inherited[field]):
@@ -197,8 +203,9 @@ def check_ranges(args):
     may_be_zero = ("steps", "sft_steps", "bag_steps", "baseline_steps", "top_k", "renumber", "seed")
     if args.renumber and args.data == "toy":
         raise UserError("--renumber: the toy task draws new problems already; leave it out")
-    if args.as_told > 1:
-        raise UserError(f"--as-told {args.as_told}: must be a share from 0 to 1")
+    for field in ("as_told", "mixed"):
+        if getattr(args, field, 0) > 1:
+            raise UserError(f"{flag_of(field)} {getattr(args, field)}: must be a share, 0 to 1")
     for field, value in vars(args).items():
         least = 0 if type(value) is float or field in may_be_zero else 1
         if type(value) in (int, float) and not least <= value < 2 ** 63:
@@ -518,8 +525,8 @@ class Run:
                <name>.jsonl
     """
 
-    DEPENDS = ("data", "fingerprint", "tokenizer", "cot", "renumber", "as_told", "seed",
-               "batch_size", "lr", "model")
+    DEPENDS = ("data", "tokenizer", "cot", "renumber", "as_told", "seed",
+               "batch_size", "lr", "model", "fingerprint")
 
     def __init__(self, name, args, env, models, optimizer, problems, steps, depends=()):
         self.name, self.args, self.env, self.steps = name, args, env, steps
@@ -597,7 +604,7 @@ class Run:
         self.figures = dict(zip(figures, values.tolist()))
         if not all(map(math.isfinite, self.figures.values())):
             found = ", ".join(f"{name} = {value}" for name, value in self.figures.items())
-            raise UserError(f"the loss of {self.name} is no number at step {self.step} ({found}): "
+            raise UserError(f"a figure of {self.name} is no number at step {self.step} ({found}): "
                             "nothing was saved since the last checkpoint; try a smaller --lr than "
                             f"{self.args.lr}")
         self.step += 1

@@ -104,7 +104,7 @@ def train_explicit(name, llm, train, val, steps, mixed, args, env):
     forward = common.compiled(explicit_loss, args)
     optimizer, parameters = common.adamw({llm: args.lr}, env.device)
     run = common.Run(name, args, env, {"llm": llm}, optimizer, train, steps,
-                     depends=("chunk_size", "mixed"))
+                     depends=("chunk_size", "mixed") if name == "sft" else ())
     for step in run:
         batch = train.train_batch(step, args.batch_size, args.seed, env.rank, env.world)
         read = 1 + draw_chunk(batch, c, args.seed, step, env.rank, env.world, 1 - mixed)  # (B,)
@@ -170,7 +170,7 @@ def train_baselines(llm, train, val, args, env):
     """Explicit and no chain of thought, with as many updates as latent reasoning has in all."""
     sft = common.load_checkpoint(args.out / "sft.pt")
     same = {field: env.config[field] for field in ("data", "cot", "renumber", "as_told", "seed")}
-    common.require_same(args.out / "sft.pt", sft["config"], fingerprint=train.fingerprint, **same)
+    common.require_same(args.out / "sft.pt", sft["config"], **same, fingerprint=train.fingerprint)
     explicit = common.build(sft, "llm", env.device)
     steps = max(0, args.baseline_steps - sft["config"]["sft_steps"])
     train_explicit("explicit", explicit, train, val, steps, 0.0, args, env)

@@ -124,6 +124,9 @@ def test_a_byte_order_mark_crlf_and_blank_lines_are_nothing(tmp_path, content):
     (["--follow", -1], "--follow -1"),
     (["--mixed", -1], "--mixed -1"),
     (["--bag-steps", -1], "--bag-steps -1"),
+    (["--mixed", 1.5], "--mixed 1.5"),
+    (["--as-told", 2], "--as-told 2"),
+    (["--renumber", 3], "--renumber"),
     (["--llm-lr", "nan"], "--llm-lr nan"),
     (["--seed", -1], "--seed -1"),
     (["--top-k", -1], "--top-k -1"),
@@ -229,6 +232,7 @@ class Malice:
     (lambda f: f.write_bytes(pickle.dumps(Malice(), 2)), "not a checkpoint"),
     (lambda f: torch.save({"models": Malice()}, f), "not a checkpoint"),
     (lambda f: torch.save({"hello": 1}, f), "not a checkpoint"),
+    (lambda f: torch.save({"config": {"data": "toy"}}, f), "another version wrote it"),
     (lambda f: f.unlink(), "no such file"),
 ])
 def test_a_broken_or_malicious_checkpoint(copy, spoil, says, capsys, monkeypatch):

@@ -71,7 +71,7 @@ def calculate(a, op, b):
 
 
 def test_no_toy_path_is_missed(toy_problems):
-    """Brute force: all orders of all steps in which each comes after those whose results it uses."""
+    """Brute force: all orders of the steps in which each comes after those it uses results of."""
     for p in toy_problems[:20]:
         free, links = steps_by_hand(p["question"])
         total = len(free) + 1 + len(links)
@@ -140,7 +140,7 @@ def test_toy_words_and_numbers_are_tokens_and_unknown_words_are_bytes(toy_tokeni
     for p in toy_problems[:100]:
         for step in p["chain"].split(" "):
             numbers_and_signs = re.findall(r"\d+|[^\d<>]", step)
-            length = len(numbers_and_signs) + 2  # << and >>, or between two steps one token for both
+            length = len(numbers_and_signs) + 2  # << and >>; between two steps one token is both
             assert len(t.encode(step)) == length
             assert len(t.encode(f"{step} {step}")) == 2 * length - 1
         tokens = [t.decode([i]) for i in t.encode(p["question"])]

@@ -26,7 +26,7 @@ def log_q(llm, x):
 
 @pytest.mark.parametrize("read", [[0, 0, 0, 0], [4, 0, 1, 1], [2, 0, 2, 0]])
 def test_explicit_loss(read):
-    """The mean −log q of all that is written after X and the means of the chunks read as latents."""
+    """The mean −log q of what is written after X and the means of the chunks read as latents."""
     llm = tiny(0)
     batch = random_batch(CHAINS)
     total = 0

@@ -209,7 +209,7 @@ def test_span_mass():
     assert mass[0, :, 2].isnan().all()
     shared = span_mass(*top({1: .5, 2: .5}), path([[1, 2]], [[1, 6]]))  # token 1 is of both
     assert shared[0, :, 0].tolist() == pytest.approx([.5, 0])
-    inside = span_mass(*top({1: .5, 2: .5}), path([[1]], [[1, 6]]))  # nothing is the first one's own
+    inside = span_mass(*top({1: .5, 2: .5}), path([[1]], [[1, 6]]))  # the first has none
     assert inside.isnan().all()
 
 
