@@ -51,7 +51,7 @@ WAYS = {  # of thinking: the checkpoint whose LLM does it, and how `decode.evalu
     "latent": ("latent", "latent"),
     "gold": ("sup", "gold"),
 }
-KS = (1, 2, 5, 10, 50, 100, RECORDED)  # ECR@K
+KS = (1, 2, 5, 10, 50, 100, RECORDED)  # ECR@K, and at K = c
 PATH_TOP_K = 100  # entries of α that count for a path
 PATH_BATCH = 64   # problems whose paths are compared at once: their (B, M, N, W, K) is large
 SHOWN = 12        # problems in the page that were solved, and as many that were not
@@ -350,12 +350,13 @@ def measure(setting, checkpoints, paths, top_k, seed):
     chains = {"encoder": record_summaries(setting, phase1_llm, encoder, top_k["gold"]),
               "latent": record_latents(setting, llm, top_k["latent"])}
     bag = chunk_bags(setting.problems.batch(np.arange(R), np.arange(R)), c)  # (R, chunks, c)
-    ecr = {whose: measure_ecr(chain.ids, chain.n, bag, KS) for whose, chain in chains.items()}
+    ks = sorted({*KS, c})
+    ecr = {whose: measure_ecr(chain.ids, chain.n, bag, ks) for whose, chain in chains.items()}
     report |= {"problems": R,
                "controls": measure_controls(setting, llm, chains["latent"], seed),
                "collapse": measure_collapse(setting, llm, top_k["latent"], paths),
                "continuation": measure_continuation(setting, phase1_llm, chains["encoder"]),
-               "ecr": {"K": KS, **ecr},
+               "ecr": {"K": ks, **ecr},
                "parallelism": measure_parallelism(chains, paths, env.tokenizer, c),
                "shape": measure_shape(llm, env.tokenizer.n_ordinary, chains)}
     return report, chains, bag

@@ -42,7 +42,7 @@ PRESETS = {  # the defaults that depend on --data; "gsm8k" serves everything but
     "gsm8k": dict(
         n_layer=4, n_head=4, n_embd=256, block_size=384,
         batch_size=16, chunk_size=2, eval_every=500, noise=1.0,
-        sft_steps=2000, lr={"sup": 1e-3, "latent": 1e-3}, llm_lr=1e-3,
+        sft_steps=2000, lr={"sup": 1e-3, "latent": 1e-3},
         bag_steps=200, steps={"sup": 1000, "latent": 2000},
     ),
 }
@@ -100,7 +100,8 @@ def add_training_flags(group, phase):
     add("--lr", type=float, help="peak learning rate")
     add("--steps", type=int, help="updates of this phase")
     if phase == "sup":
-        add("--llm-lr", type=float, help="that of the LLM in phase 1, which can read already")
+        add("--llm-lr", type=float, help="that of the LLM in phase 1 (default: --lr; on the toy "
+            "task 5e-4)")
         add("--sft-steps", type=int, help="updates of the explicit warm-up")
     add("--eval-every", type=int, help="updates between two evaluations, which also save")
 
@@ -197,6 +198,8 @@ def fill_in_defaults(args, phase, parent):
         if field in INHERITED or hasattr(args, field):
             if getattr(args, field, None) is None:
                 setattr(args, field, value)
+    if phase == "sup" and args.llm_lr is None:
+        args.llm_lr = args.lr
 
 
 def check_ranges(args):

@@ -132,6 +132,7 @@ def train_superposition(encoder, llm, train, val, args, env):
     forward_bag = common.compiled(bag_loss, args)
     forward = common.compiled(sup_loss, args)
     optimizer, parameters = common.adamw({encoder: args.lr, llm: args.llm_lr}, env.device)
+    bag_steps = args.bag_steps if args.bag else 0
     models = {"encoder": encoder, "llm": llm}
     run = common.Run("sup", args, env, models, optimizer, train, steps, depends=(
         "chunk_size", "top_k", "llm_lr", "bag", "bag_steps", "follow", "local"))
@@ -142,12 +143,12 @@ def train_superposition(encoder, llm, train, val, args, env):
         seq = llm_batch(batch, c, followed, args.follow).to(env.device)
         bag = chunk_bags(batch, c).to(env.device)
         with env.autocast():
-            if step < args.bag_steps:  # as long as z means nothing, the LLM has nothing to learn
-                rate = common.schedule(step, args.bag_steps)
+            if step < bag_steps:  # as long as z means nothing, the LLM has nothing to learn
+                rate = common.schedule(step, bag_steps)
                 kl = forward_bag(encoder, enc, bag, tokenizer.n_ordinary)
                 sup = torch.zeros_like(kl)
             else:
-                rate = common.schedule(step - args.bag_steps, steps - args.bag_steps)
+                rate = common.schedule(step - bag_steps, steps - bag_steps)
                 sup, kl = forward(encoder, llm, enc, seq, bag, tokenizer.n_ordinary, args.top_k,
                                   args.local)
         bag_weight = args.bag * (1 - 0.5 * step / steps)
