@@ -241,7 +241,7 @@ def test_what_has_no_chain_is_said(tmp_path, capsys):
              for i in range(60)]
     (tmp_path / "train.jsonl").write_text("\n".join(lines))
     args = SimpleNamespace(data=str(tmp_path), data_dir=None, cot="steps", seed=0, as_told=0.8,
-                           block_size=64)
+                           renumber=0, block_size=64)
     env = SimpleNamespace(tokenizer=data.Tokenizer("toy"), rank=0)
     train, val = data.splits(args, env)
     said = capsys.readouterr().out.split(f"{len(train)} without a chain")[0]
