@@ -11,7 +11,6 @@ import pytest
 import torch
 
 import analyze
-import common
 import compress
 import data
 import train_latent

@@ -7,7 +7,6 @@ import json
 import re
 import time
 from decimal import Decimal
-from fractions import Fraction
 from types import SimpleNamespace
 
 import numpy as np
