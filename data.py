@@ -489,7 +489,7 @@ class Problems:
             yield self.batch(rows[i:i + size], rows[i:i + size])
 
 
-def load_split(args, split):
+def load_split(args, split, rank=0):
     """`load` with the flags of a script; with --renumber, "train" has so many copies more.
 
     The split "renumbered" holds the training problems with numbers that no copy has by design.
@@ -501,8 +501,10 @@ def load_split(args, split):
         found, reasons = templates(rows)
         copies = [UNSEEN] if split == "renumbered" else range(args.renumber)
         drawn = [problem for copy in copies for problem in renumbered(found, args.seed, copy)]
-        print(f"{len(rows) - reasons.total()} of {len(rows)} training problems can be given new "
-              "numbers; not those with", ", ".join(f"{why} ({n})" for why, n in reasons.items()))
+        usable = len(rows) - reasons.total()
+        if rank == 0:
+            print(f"{usable} of {len(rows)} training problems can be given new numbers; not those "
+                  "with", ", ".join(f"{why} ({n})" for why, n in reasons.items()))
         rows = drawn if split == "renumbered" else rows + drawn
     return rows[:MAX_PROBLEMS.get(split)]
 
@@ -514,7 +516,7 @@ def splits(args, env, names=("train", "val"), no_cot=False):
     """
     found = []
     for split in names:
-        rows = load_split(args, split)
+        rows = load_split(args, split, env.rank)
         p = Problems(rows, env.tokenizer, args.block_size, no_cot=no_cot)
         found.append(p)
         if env.rank > 0:

@@ -138,9 +138,7 @@ def train_superposition(encoder, llm, train, val, args, env):
         "chunk_size", "top_k", "llm_lr", "bag", "bag_steps", "follow", "local"))
     for step in run:
         batch = train.train_batch(step, args.batch_size, args.seed, env.rank, env.world)
-        followed = draw_chunk(batch, c, args.seed, step, env.rank, env.world, NONE)  # (B,)
         enc = encoder_batch(batch, c, tokenizer.sum).to(env.device)
-        seq = llm_batch(batch, c, followed, args.follow).to(env.device)
         bag = chunk_bags(batch, c).to(env.device)
         with env.autocast():
             if step < bag_steps:  # as long as z means nothing, the LLM has nothing to learn
@@ -149,6 +147,8 @@ def train_superposition(encoder, llm, train, val, args, env):
                 sup = torch.zeros_like(kl)
             else:
                 rate = common.schedule(step - bag_steps, steps - bag_steps)
+                followed = draw_chunk(batch, c, args.seed, step, env.rank, env.world, NONE)  # (B,)
+                seq = llm_batch(batch, c, followed, args.follow).to(env.device)
                 sup, kl = forward(encoder, llm, enc, seq, bag, tokenizer.n_ordinary, args.top_k,
                                   args.local)
         bag_weight = args.bag * (1 - 0.5 * step / steps)
