@@ -260,7 +260,7 @@ def ask(args, env, llm, caps, top_k):
     """Print the latents of one question, each as its heaviest tokens, and the answer."""
     question = {"question": args.ask, "chain": "", "answer": "0"}
     try:
-        problem = Problems([question], env.tokenizer, args.block_size)
+        problem = Problems([question], env.tokenizer, args.block_size, args.chunk_size)
     except UserError:
         length = len(env.tokenizer.encode(args.ask))
         raise UserError(f"--ask: the question has {length} tokens; with its answer it must fit the "

@@ -426,12 +426,13 @@ class Problems:
     alone: to resume is to go on counting. Raises UserError where no problem is left.
     """
 
-    def __init__(self, problems, tokenizer, block_size, buckets=3, no_cot=False):
+    def __init__(self, problems, tokenizer, block_size, chunk_size=1, buckets=3, no_cot=False):
         t, encode = tokenizer, tokenizer.encoding.encode_ordinary
         x = [encode(p["question"]) + [t.bot] for p in problems]
         s = [[] if no_cot else encode(p["chain"]) for p in problems]
         a = [[t.eot] + encode("#### " + p["answer"]) + [t.eos] for p in problems]
-        fits = [i for i in range(len(x)) if len(x[i]) + len(s[i]) + len(a[i]) <= block_size]
+        whole = [-(-len(chain) // chunk_size) * chunk_size for chain in s]  # as latents end it
+        fits = [i for i in range(len(x)) if len(x[i]) + whole[i] + len(a[i]) <= block_size]
         self.dropped = len(x) - len(fits)
         self.problems = [problems[i] for i in fits]
         self.x, self.s, self.a = (Ragged([rows[i] for i in fits]) for rows in (x, s, a))
@@ -517,7 +518,7 @@ def splits(args, env, names=("train", "val"), no_cot=False):
     found = []
     for split in names:
         rows = load_split(args, split, env.rank)
-        p = Problems(rows, env.tokenizer, args.block_size, no_cot=no_cot)
+        p = Problems(rows, env.tokenizer, args.block_size, args.chunk_size, no_cot=no_cot)
         found.append(p)
         if env.rank > 0:
             continue

@@ -11,8 +11,8 @@ from typing import NamedTuple
 import torch
 
 from data import to_number
-from encoder import (count_chunks, encoder_batch, insert_latents, ordinary_softmax, pad,
-                     summarize, superpose)
+from encoder import (Sequence, count_chunks, encoder_batch, insert_latents, latent_pos,
+                     ordinary_softmax, pad, summarize, superpose)
 from model import KVCache
 
 
@@ -25,22 +25,26 @@ class Decoded(NamedTuple):
 class RowState:
     """The state of each row: thinking in latents, writing text, or done. Tensors (B,).
 
-    thinking, done, capped: bool; latents, written: int64, the latent steps and the tokens so far.
+    thinking, done, capped: bool; latents, written: int64, the latent steps and the tokens so far;
+    pos: int64, the position of the last vector. A latent token moves on by c positions: it stands
+    where the last token of its chunk would.
     """
 
-    def __init__(self, B, latent, device):
-        self.thinking = torch.full((B,), latent, device=device)
+    def __init__(self, pos, c):
+        B, device = len(pos), pos.device
+        self.pos, self.c = pos, c
+        self.thinking = torch.full((B,), c > 0, device=device)
         self.done = torch.zeros(B, dtype=torch.bool, device=device)
         self.capped = torch.zeros(B, dtype=torch.bool, device=device)
         self.latents = torch.zeros(B, dtype=torch.int64, device=device)
         self.written = torch.zeros(B, dtype=torch.int64, device=device)
 
-    def advance(self, token, tokenizer, max_latents, max_tokens, out_of_room):
+    def advance(self, token, tokenizer, max_latents, max_tokens, positions):
         """Update the state by the argmax tokens, int64 (B,): (token, written), both int64 (B,).
 
         token is what the next step feeds to a row that writes text, and written what a row adds to
         its text, -1 where nothing. A row that has taken max_latents steps gets <eot> in place of
-        its token, and then answers. out_of_room bool (B,): no step is left for the row.
+        its token, and then answers. A row that would need more than `positions` is cut off.
         """
         overlong = self.thinking & (token != tokenizer.eot) & (self.latents >= max_latents)
         token = token.masked_fill(overlong, tokenizer.eot)
@@ -49,17 +53,18 @@ class RowState:
         written = token.masked_fill(silent, -1)
         self.written += ~silent
         self.done |= ~self.thinking & (token == tokenizer.eos)
-        stopped = ~self.done & (out_of_room | (self.written >= max_tokens))
+        self.pos = self.pos + torch.where(self.thinking, self.c, 1)
+        stopped = ~self.done & ((self.pos >= positions) | (self.written >= max_tokens))
         self.done |= stopped
         self.capped |= overlong | stopped
         return token, written
 
 
-def prefill(llm, x, length, extra):
-    """One pass over the prompts x (B, T, C) of `length` (B,): (logits, cache, visible).
+def prefill(llm, x, pos, length, extra):
+    """One pass over the prompts x (B, T, C) at pos (B, T): (logits, cache, visible).
 
     logits (B, V) at each prompt's last vector; a KVCache with `extra` free slots; visible bool
-    (B, T + extra), False at the padding.
+    (B, T + extra), False at the padding, past each prompt's `length` (B,).
     """
     B, T, _ = x.shape
     device = x.device
@@ -69,38 +74,39 @@ def prefill(llm, x, length, extra):
     cache = KVCache(llm.config, B, T + extra, device, dtype)
     slot = torch.arange(T + extra, device=device)
     visible = (slot < length[:, None]) | (slot >= T)  # the prompt's own slots, and those to come
-    pos = slot[:T].clamp(max=llm.config.block_size - 1)  # padding may exceed the last
     hidden = llm(x, pos, cache=cache, index=(length - 1)[:, None])  # (B, 1, C)
     return llm.head(hidden)[:, 0], cache, visible
 
 
 @torch.no_grad()
-def decode(llm, tokenizer, x, length, latent=False, top_k=0, max_latents=0, max_tokens=64,
+def decode(llm, tokenizer, x, pos, length, latent=0, top_k=0, max_latents=0, max_tokens=64,
            on_latent=None):
     """Continue a batch of prompts greedily, as text or in latents: a Decoded.
 
-    x, length  prompts float (B, T, C), padded on the right, and their lengths int64 (B,); they
-               end in <bot> or a z, or, to have only the answer written as text, in <eot>
-    latent     think in latent tokens: until the argmax over the whole vocabulary is <eot>, a step
-               feeds z = Σ q[v]·E[v], q being the next-token distribution on the ordinary
-               vocabulary (or its `top_k` renormalized); then the row writes text
+    x, pos     prompts float (B, T, C), padded on the right, and their positions int64 (B, T); they
+    length     end, after length int64 (B,) slots, in <bot> or a z, or, to have only the answer
+               written as text, in <eot>
+    latent     c, to think in latent tokens of c tokens each: until the argmax over the whole
+               vocabulary is <eot>, a step feeds z = Σ q[v]·E[v], q being the next-token
+               distribution on the ordinary vocabulary (or its `top_k` renormalized); then the row
+               writes text. 0: it writes text at once
     max_*      caps on the latent steps and on the tokens of each row
     on_latent  called as on_latent(step, q, active) where rows think: q float32 (B, n_ordinary),
                active bool (B,) the rows that take a latent step; a q that it returns replaces q
 
     Each step feeds one vector a row. Step t fills slot T + t in all rows, but each row has its own
-    position, length + t; the padding between is never visible.
+    position; the padding between is never visible.
     """
     B, T, _ = x.shape
     block = llm.config.block_size
     steps = (max_latents if latent else 0) + max_tokens
-    steps = max(0, min(steps, block - int(length.min())))
-    logits, cache, visible = prefill(llm, x, length, steps)
-    state, out = RowState(B, bool(latent), x.device), []
+    last = pos.gather(1, (length - 1)[:, None])[:, 0]  # (B,)
+    steps = max(0, min(steps, block - 1 - int(last.min())))
+    logits, cache, visible = prefill(llm, x, pos, length, steps)
+    state, out = RowState(last, latent), []
     for step in range(steps + 1):
-        out_of_room = (length + step >= block) | (step == steps)
         token, written = state.advance(logits.argmax(1), tokenizer, max_latents, max_tokens,
-                                       out_of_room)
+                                       positions=block if step < steps else 0)
         out.append(written)
         if state.done.all():
             break
@@ -114,7 +120,7 @@ def decode(llm, tokenizer, x, length, latent=False, top_k=0, max_latents=0, max_
             z = superpose(q, llm.wte.weight, top_k).to(x.dtype)
             x = torch.where(state.thinking[:, None], z, x)
             state.latents += active
-        pos = (length + step).clamp(max=block - 1)[:, None]  # (B, 1); only a done row is clamped
+        pos = state.pos.clamp(max=block - 1)[:, None]  # (B, 1); only a done row is clamped
         logits = llm.head(llm(x[:, None], pos, visible[:, None, :T + step + 1], cache))[:, 0]
     rows = torch.stack(out, 1).tolist()
     tokens = [[i for i in row if i >= 0 and i != tokenizer.eos] for row in rows]
@@ -124,29 +130,36 @@ def decode(llm, tokenizer, x, length, latent=False, top_k=0, max_latents=0, max_
 # ------------------------------------------------------------------------------------------ prompts
 
 def question_prompt(llm, batch, env):
-    """X <bot>, for `decode`: (embeddings float (B, T, C), lengths int64 (B,))."""
-    questions = [p.question for p in batch.problems]
-    length = torch.tensor([len(question) for question in questions])
-    ids = pad(questions, int(length.max()))  # (B, T)
-    return llm.wte(ids.to(env.device)), length.to(env.device)
+    """X <bot>, for `decode`: (embeddings (B, T, C), positions int64 (B, T), lengths int64 (B,))."""
+    return prompt_of([Sequence(p.question) for p in batch.problems], llm, None, env.device)
 
 
-def latents_prompt(llm, batch, z, n, end, device):
-    """X <bot> z₀ … z_{n-1}, then the tokens `end`: (embeddings (B, T, C), lengths (B,)).
+def latents_prompt(llm, batch, z, n, c, end, device):
+    """X <bot> z₀ … z_{n-1}, then the tokens `end`: what question_prompt returns.
 
     z float (B, N, C); n int (B,): how many of its z each row gets, fewer where the model has no
-    more positions; end: a list of at most one id.
+    more positions; c: tokens of a chunk; end: a list of at most one id.
     """
-    ids, latent = [], []  # of each row: its tokens; i + 1 where z_i stands, else 0
+    rows = []
     for problem, k in zip(batch.problems, n):
-        nx = len(problem.question)
-        k = min(int(k), llm.config.block_size - 1 - nx)
-        ids.append(problem.question + [0] * k + end)
-        latent.append([0] * nx + list(range(1, k + 1)))
-    length = torch.tensor([len(row) for row in ids])
-    T = int(length.max())
-    ids, latent = pad(ids, T).to(device), pad(latent, T).to(device)  # (B, T) each
-    return insert_latents(llm.wte(ids), z.to(device), latent), length.to(device)
+        row, nx = Sequence(problem.question), len(problem.question)
+        k = min(int(k), (llm.config.block_size - 1 - nx) // c)
+        for i in range(k):
+            row.add_latent(i, latent_pos(nx, i, c))
+        row.add_text(end, nx + c * k)
+        rows.append(row)
+    return prompt_of(rows, llm, z, device)
+
+
+def prompt_of(rows, llm, z, device):
+    """Sequences as prompts, with z in the slots of their latents."""
+    length = torch.tensor([len(row.ids) for row in rows])
+    ids, pos, latent = (pad([getattr(row, name) for row in rows], int(length.max())).to(device)
+                        for name in ("ids", "pos", "latent"))  # (B, T) each
+    x = llm.wte(ids)  # (B, T, C)
+    if z is not None:
+        x = insert_latents(x, z.to(device), latent)
+    return x, pos, length.to(device)
 
 
 def summaries(llm, encoder, batch, env, c, top_k):
@@ -159,7 +172,7 @@ def summaries(llm, encoder, batch, env, c, top_k):
 def gold_prompt(llm, encoder, batch, env, c, top_k):
     """X <bot> z₀ … z_{n-1} <eot>, the summaries of all chunks: only the answer is to write."""
     z, n = summaries(llm, encoder, batch, env, c, top_k)
-    return latents_prompt(llm, batch, z, n, [env.tokenizer.eot], env.device)
+    return latents_prompt(llm, batch, z, n, c, [env.tokenizer.eot], env.device)
 
 
 def continuation_prompt(llm, encoder, batch, env, c, top_k):
@@ -168,7 +181,7 @@ def continuation_prompt(llm, encoder, batch, env, c, top_k):
     k is the problem's number modulo n + 1, so that all of 0 … n occur in a split.
     """
     z, n = summaries(llm, encoder, batch, env, c, top_k)
-    return latents_prompt(llm, batch, z, batch.rows % (n + 1), [], env.device)
+    return latents_prompt(llm, batch, z, batch.rows % (n + 1), c, [], env.device)
 
 
 # ------------------------------------------------------------------------------------------ a split
@@ -195,9 +208,8 @@ def evaluate(llm, problems, env, thought, caps, encoder=None, chunk_size=1, top_
                its chain is latent; 'gold': it is given all of the encoder's summaries of the true
                chain, and <eot>; 'continue': it is given the first k, and writes the rest as text
     caps       (max_latents, max_tokens) of `decode`
-    encoder    makes the summaries of 'gold' and 'continue', which need it if they get no `prompt`;
-               chunk_size is its c
-    prompt     a function prompt(batch) -> (x, length) that replaces the prompt of `thought`
+    encoder    makes the summaries of 'gold' and 'continue', which need it if they get no `prompt`
+    prompt     a function prompt(batch) -> (x, pos, length) that replaces the prompt of `thought`
     on_latent  as in `decode`, but called with the batch as first argument
     Returns a dict: accuracy; steps, the mean of count_steps; capped and unparseable, numbers of
     problems; seconds; answers, {problem: (text, whether it is right, its ids)}.
@@ -212,8 +224,9 @@ def evaluate(llm, problems, env, thought, caps, encoder=None, chunk_size=1, top_
     start, answers, steps, capped, unparseable = time.time(), {}, 0, 0, 0
     for batch in problems.eval_batches(batch_size, limit):
         with env.autocast():
-            x, length = prompt(batch)
-            out = decode(llm, env.tokenizer, x, length, thought == "latent", top_k, *caps,
+            x, pos, length = prompt(batch)
+            out = decode(llm, env.tokenizer, x, pos, length,
+                         chunk_size if thought == "latent" else 0, top_k, *caps,
                          on_latent=on_latent and partial(on_latent, batch))
         capped += int(out.capped.sum())
         for row, tokens, latents in zip(batch.rows.tolist(), out.tokens, out.latents.tolist()):

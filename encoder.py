@@ -84,6 +84,14 @@ def count_chunks(length, c):
     return -(-length // c)
 
 
+def latent_pos(nx, i, c):
+    """The position of z_i: that of its chunk's last token, after a question of nx tokens.
+
+    So whatever follows a latent stands where it would stand in the text.
+    """
+    return nx + c * (i + 1) - 1
+
+
 def encoder_layout(question, chunks, sum_id):
     """The encoder's sequence in phases 1 and 2, a Sequence: X <bot> S₀ L₀ S₁ L₁ … S_{n-1} L_{n-1}.
 
@@ -100,12 +108,12 @@ def encoder_layout(question, chunks, sum_id):
     return row
 
 
-def llm_layout(question, chunks, answer, follow=None, follow_weight=1.0):
+def llm_layout(question, chunks, answer, c, follow=None, follow_weight=1.0):
     """The LLM's sequence in phase 1, a Sequence: X <bot> z₀ [S₁] z₁ [S₂] … z_{n-1} <eot> Ans.
 
-        token     X  X  <bot>  z₀ c  d  z₁ e  z₂ <eot> Ans    S₀ is read as z₀, never predicted
-        position  0  1  2      3  4  5  4  5  5  6     7      each chunk counts on from the z
-        segment   0  0  0      0  1  1  0  2  0  3     3      before it, and so does the next z
+        token     X  X  <bot>  z₀ c  d  z₁ e  z₂ <eot> Ans    S₀ is read as z₀, never predicted;
+        position  0  1  2      4  5  6  6  7  8  9     10     z₁ takes the place of c d, and e
+        segment   0  0  0      0  1  1  0  2  0  3     3      goes on from there (c = 2)
 
     The weights are those of ℓ_sup: 1/n for each of S₁ … S_{n-1} and `answer` (<eot> Ans), shared
     equally by its tokens. Without any chunk the sequence is X <bot> <eot> Ans.
@@ -115,7 +123,7 @@ def llm_layout(question, chunks, answer, follow=None, follow_weight=1.0):
     the weight follow_weight; those of S_{k+1} have their weight in ℓ_sup besides.
 
         token     X  X  <bot>  z₀ c  d  e <eot> Ans z₁ e  z₂ <eot> Ans               follow = 0
-        position  0  1  2      3  4  5  6 7     8   4  5  5  6     7
+        position  0  1  2      4  5  6  7 8     9   6  7  8  9     10
         segment   0  0  0      0  4  4  4 4     4   0  2  0  3     3
     """
     row = Sequence(question)
@@ -126,22 +134,25 @@ def llm_layout(question, chunks, answer, follow=None, follow_weight=1.0):
         text = sum(chunks, []) + answer
         row.add_text(text, pos=nx, segment=n + 1, loss_weight=follow_weight / len(text))
     for i in range(n):
-        row.add_latent(i, pos=nx + i)
-        pos, segment = nx + i + 1, i + 1
+        pos, segment = latent_pos(nx, i, c), i + 1
+        row.add_latent(i, pos)
         text = chunks[i + 1] if i + 1 < n else answer
         loss_weight = 1 / (n * len(text))
         if i != follow:
-            row.add_text(text, pos, segment, loss_weight)
+            row.add_text(text, pos + 1, segment, loss_weight)
             continue
         rest = sum(chunks[i + 2:], []) + answer if i + 1 < n else []
         followed = follow_weight / (len(text) + len(rest))
-        row.add_text(text, pos, segment=n + 1, loss_weight=loss_weight + followed)
-        row.add_text(rest, pos + len(text), segment=n + 1, loss_weight=followed)
+        row.add_text(text, pos + 1, segment=n + 1, loss_weight=loss_weight + followed)
+        row.add_text(rest, pos + 1 + len(text), segment=n + 1, loss_weight=followed)
     return row
 
 
-def latent_layout(question, chunks, answer):
+def latent_layout(question, chunks, answer, c):
     """The LLM's sequence in phase 3, a Sequence, causal: X <bot> z₀ z₁ … z_{n-1} <eot> Ans.
+
+        token     X  X  <bot>  z₀ z₁ z₂ <eot> Ans             c = 2
+        position  0  1  2      4  6  8  9     10
 
     Each α_i is predicted from the slot before z_i (`summary_index`); the tokens of `answer`, which
     are <eot> and Ans, share the weight 1.
@@ -149,26 +160,19 @@ def latent_layout(question, chunks, answer):
     row = Sequence(question)
     nx, n = len(question), len(chunks)
     for i in range(n):
-        row.add_latent(i, pos=nx + i)
-    row.add_text(answer, pos=nx + n, loss_weight=1 / len(answer))
+        row.add_latent(i, latent_pos(nx, i, c))
+    row.add_text(answer, pos=nx + c * n, loss_weight=1 / len(answer))
     return row
 
 
-def explicit_layout(question, chunks, answer, read=0):
+def explicit_layout(question, chain, answer):
     """The sequence of supervised fine-tuning (SFT), causal, a Sequence: X <bot> S <eot> Ans.
 
-    The tokens after <bot> are predicted and share the weight 1. With `read` = k the first k chunks
-    are latent tokens z₀ … z_{k-1}, and only the text after them is predicted:
-
-        token     X  X  <bot>  z₀ z₁ e  <eot> Ans             read = 2
-        position  0  1  2      3  4  5  6     7
+    The tokens after <bot> are predicted and share the weight 1.
     """
     row = Sequence(question)
-    nx = len(question)
-    for i in range(read):
-        row.add_latent(i, pos=nx + i)
-    text = sum(chunks[read:], []) + answer
-    row.add_text(text, pos=nx + read, loss_weight=1 / len(text))
+    text = chain + answer
+    row.add_text(text, pos=len(question), loss_weight=1 / len(text))
     return row
 
 
@@ -236,7 +240,7 @@ def llm_batch(batch, c, follow=None, follow_weight=1.0):
         follow = [None] * len(batch.problems)
     else:
         text = text + s + a
-    rows = [llm_layout(p.question, split_chunks(p.chain, c), p.answer, k, follow_weight)
+    rows = [llm_layout(p.question, split_chunks(p.chain, c), p.answer, c, k, follow_weight)
             for p, k in zip(batch.problems, follow)]
     return collate(rows, T=(x + n + text).max(), P=text.max(), N=n.max())
 
@@ -244,17 +248,15 @@ def llm_batch(batch, c, follow=None, follow_weight=1.0):
 def latent_batch(batch, c):
     x, s, a = batch.bucket
     n = count_chunks(s, c)
-    rows = [latent_layout(p.question, split_chunks(p.chain, c), p.answer) for p in batch.problems]
+    rows = [latent_layout(p.question, split_chunks(p.chain, c), p.answer, c)
+            for p in batch.problems]
     return collate(rows, T=(x + n + a).max(), P=a.max(), N=n.max())
 
 
-def explicit_batch(batch, c=1, read=None):
-    """read int (B,): the number of chunks of each row that are read as latents; None: 0."""
+def explicit_batch(batch):
     x, s, a = batch.bucket
-    read = [0] * len(batch.problems) if read is None else read
-    rows = [explicit_layout(p.question, split_chunks(p.chain, c), p.answer, k)
-            for p, k in zip(batch.problems, read)]
-    return collate(rows, T=(x + s + a).max(), P=(s + a).max(), N=count_chunks(s, c).max())
+    rows = [explicit_layout(p.question, p.chain, p.answer) for p in batch.problems]
+    return collate(rows, T=(x + s + a).max(), P=(s + a).max())
 
 
 def draw_chunk(batch, c, seed, step, rank=0, world=1, none=0.0):
@@ -367,17 +369,6 @@ def superpose_sparse(values, ids, E):
     values, shape = values.reshape(-1, K).to(E.dtype), values.shape[:-1]
     z = F.embedding_bag(ids.reshape(-1, K), E, per_sample_weights=values, mode="sum")
     return z.view(*shape, -1)  # (..., C)
-
-
-def superpose_bags(bag, E):
-    """The plainest z, made without an encoder: the mean of a chunk's token embeddings.
-
-    Its α is the distribution of a token drawn from the chunk. bag int64 (B, N, c), padded with -1;
-    E (V, C) -> z (B, N, C).
-    """
-    real = bag >= 0                                                       # (B, N, c)
-    values = real.to(E.dtype) / real.sum(2, keepdim=True).clamp(min=1)    # (B, N, c)
-    return superpose_sparse(values, bag.clamp(min=0), E)
 
 
 def insert_latents(x, z, latent):

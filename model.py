@@ -152,10 +152,6 @@ class GPT(nn.Module):
         for name, p in self.named_parameters():
             if "c_proj" in name and p.dim() == 2:  # adds to the residual stream, 2 · n_layer times
                 nn.init.normal_(p, std=std / math.sqrt(2 * self.config.n_layer))
-            elif name == "wpe.weight":
-                # small: a chunk replaced by one z moves all that follows to lower positions, so
-                # attention should go by content before it goes by position
-                nn.init.normal_(p, std=std / 10)
             elif p.dim() == 2:
                 nn.init.normal_(p, std=std)
             elif name.endswith("bias"):

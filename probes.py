@@ -124,7 +124,7 @@ def decode_after_latents(setting, llm, z, n, end_of_thought=True):
 
     def prompt(batch):
         rows = torch.from_numpy(batch.rows)
-        return latents_prompt(llm, batch, z[rows], n[rows], end, env.device)
+        return latents_prompt(llm, batch, z[rows], n[rows], setting.c, end, env.device)
 
     return decode_split(setting, llm, "text", limit=len(n), prompt=prompt)
 

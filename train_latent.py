@@ -72,7 +72,7 @@ def train_latent(llm, store, train, val, args, env):
         optimizer.zero_grad(set_to_none=True)
         run.log(loss=loss, exp=exp, lat=lat, norm=norm)
         if run.evaluates:
-            result = evaluate(llm, val, env, "latent", caps, top_k=store.top_k)
+            result = evaluate(llm, val, env, "latent", caps, chunk_size=c, top_k=store.top_k)
             run.save(result["accuracy"], steps=result["steps"])
 
 

@@ -8,14 +8,11 @@ to read them.
     torchrun --nproc-per-node 2 train_sup.py …                 # several GPUs
 
 First a warm-up, supervised fine-tuning (SFT) on X <bot> S <eot> Ans, kept as sft.pt: an LLM that
-thinks in text. In half of its rows the first chunks are given as the plainest latents there are,
-the means of their tokens' embeddings, so that it can read z before an encoder writes any.
-
-Encoder and LLM then start as copies of it. For a few updates the encoder alone learns that α_i
-should hold the tokens of chunk S_i. Then both learn together: the encoder turns S_i into α_i, and
-the LLM, which sees X and z₀ … z_i but no text of the chain, must predict chunk S_{i+1}; after one
-z_k of each problem it must write all the rest. The only path from this loss to the encoder is
-through z. Next: python compress.py
+thinks in text. Encoder and LLM then start as copies of it. For a few updates the encoder alone
+learns that α_i should hold the tokens of chunk S_i. Then both learn together: the encoder turns S_i
+into α_i, and the LLM, which sees X and z₀ … z_i but no text of the chain, must predict chunk
+S_{i+1}; after one z_k of each problem it must write all the rest. The only path from this loss to
+the encoder is through z. Next: python compress.py
 """
 import copy
 import pickle
@@ -28,8 +25,7 @@ import common
 from data import UserError, load, splits
 from decode import evaluate
 from encoder import (chunk_bags, draw_chunk, encoder_batch, explicit_batch, insert_latents,
-                     llm_batch, local_supervision_mask, summarize, superpose, superpose_bags,
-                     supervision_mask)
+                     llm_batch, local_supervision_mask, summarize, superpose, supervision_mask)
 from losses import bag_kl, weighted_nll
 from model import GPT, GPT2, GPTConfig
 
@@ -43,8 +39,6 @@ def add_flags(p):
     add("--baseline-steps", type=int, help="updates of each baseline, those of sft.pt included "
         "(default: as many as latent has in all three loops)")
     add = p.add_argument_group("ablations").add_argument
-    add("--mixed", type=float, default=0.5, help="warm-up: share of the rows that begin with "
-        "latents, the means of their chunks (default: 0.5; 0 = plain SFT)")
     add("--bag", type=float, default=1.0, help="bag-of-tokens loss on α: its weight λ, which "
         "falls to a half of this (default: 1; 0 = off)")
     add("--bag-steps", type=int, help="the first of --steps, in which the encoder learns by that "
@@ -57,14 +51,9 @@ def add_flags(p):
 
 # ---------------------------------------------------------------------------------------- the ideas
 
-def explicit_loss(llm, seq, bag):
-    """SFT, one pass over X <bot> S <eot> Ans: the mean −log q of the tokens of S and Ans.
-
-    A row that begins with latents has those of its chunks' bags there. bag int64 (B, N, c).
-    """
-    z = superpose_bags(bag, llm.wte.weight)                                    # (B, N, C)
-    x = insert_latents(llm.wte(seq.ids), z, seq.latent)                        # (B, T, C)
-    hidden = llm(x, seq.pos, index=seq.predict_index)                          # (B, P, C)
+def explicit_loss(llm, seq):
+    """SFT, one pass over X <bot> S <eot> Ans: the mean −log q of the tokens of S and Ans."""
+    hidden = llm(llm.wte(seq.ids), seq.pos, index=seq.predict_index)           # (B, P, C)
     return weighted_nll(llm.head(hidden), seq.target, seq.loss_weight)
 
 
@@ -94,24 +83,17 @@ def sup_loss(encoder, llm, enc, seq, bag, n_ordinary, top_k=0, local=False):
 
 # ---------------------------------------------------------------------------------------- the loops
 
-def train_explicit(name, llm, train, val, steps, mixed, args, env):
-    """SFT, saved as `name`; in a share `mixed` of the rows the first chunks are latents.
-
-    Returns the model that was best on validation, thinking in text.
-    """
-    c = args.chunk_size
-    caps = train.caps(c)
+def train_explicit(name, llm, train, val, steps, args, env):
+    """SFT, saved as `name`. Returns the model that was best on validation."""
+    caps = train.caps(args.chunk_size)
     forward = common.compiled(explicit_loss, args)
     optimizer, parameters = common.adamw({llm: args.lr}, env.device)
-    run = common.Run(name, args, env, {"llm": llm}, optimizer, train, steps,
-                     depends=("chunk_size", "mixed") if name == "sft" else ())
+    run = common.Run(name, args, env, {"llm": llm}, optimizer, train, steps)
     for step in run:
         batch = train.train_batch(step, args.batch_size, args.seed, env.rank, env.world)
-        read = 1 + draw_chunk(batch, c, args.seed, step, env.rank, env.world, 1 - mixed)  # (B,)
-        seq = explicit_batch(batch, c, read).to(env.device)
-        bag = chunk_bags(batch, c).to(env.device)
+        seq = explicit_batch(batch).to(env.device)
         with env.autocast():
-            loss = forward(llm, seq, bag)
+            loss = forward(llm, seq)
         loss.backward()
         common.average_gradients(parameters, env.world)
         norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -174,9 +156,9 @@ def train_baselines(llm, train, val, args, env):
     common.require_same(args.out / "sft.pt", sft["config"], **same, fingerprint=train.fingerprint)
     explicit = common.build(sft, "llm", env.device)
     steps = max(0, args.baseline_steps - sft["config"]["sft_steps"])
-    train_explicit("explicit", explicit, train, val, steps, 0.0, args, env)
+    train_explicit("explicit", explicit, train, val, steps, args, env)
     train, val = splits(args, env, no_cot=True)
-    train_explicit("no_cot", llm, train, val, args.baseline_steps, 0.0, args, env)
+    train_explicit("no_cot", llm, train, val, args.baseline_steps, args, env)
 
 
 # --------------------------------------------------------------------------------------- the script
@@ -221,7 +203,7 @@ def main(argv=None):
     if args.baselines:
         train_baselines(llm, train, val, args, env)
         return
-    llm = train_explicit("sft", llm, train, val, args.sft_steps, args.mixed, args, env)
+    llm = train_explicit("sft", llm, train, val, args.sft_steps, args, env)
     encoder = copy.deepcopy(llm)
     train_superposition(encoder, llm, train, val, args, env)
 

@@ -186,8 +186,7 @@ class Bench:
         """The data path: what the phase's loop makes of a batch."""
         c, tokenizer = self.args.chunk_size, self.env.tokenizer
         if name == "sft":
-            read = 1 + draw_chunk(batch, c, 0, 1, none=0.5)                       # (B,)
-            return explicit_batch(batch, c, read), chunk_bags(batch, c)
+            return (explicit_batch(batch),)
         if name == "phase 1":
             followed = draw_chunk(batch, c, 0, 1)                                 # (B,)
             seq = llm_batch(batch, c, followed)
@@ -254,8 +253,9 @@ class Bench:
         """caps_of: the batch whose caps are kept to (None: each its own)."""
         for batch in batches:
             with self.env.autocast():
-                x, length = question_prompt(self.llm, batch, self.env)
-                decode(self.llm, self.env.tokenizer, x, length, latent, 0,
+                prompt = question_prompt(self.llm, batch, self.env)
+                decode(self.llm, self.env.tokenizer, *prompt,
+                       self.args.chunk_size if latent else 0, 0,
                        *self.caps(caps_of or batch, latent))
 
     def jobs(self):
@@ -377,7 +377,8 @@ class Loops(Bench):
             x = llm.wte(ids)
             if cached:
                 length = torch.full_like(ids[:, 0], prompt)
-                return decode(llm, self.env.tokenizer, x, length, max_tokens=steps).tokens
+                pos = torch.arange(prompt, device=ids.device).expand(B, -1)
+                return decode(llm, self.env.tokenizer, x, pos, length, max_tokens=steps).tokens
             for _ in range(steps):
                 last = torch.full_like(ids[:, :1], x.size(1) - 1)
                 out.append(llm.head(llm(x, index=last))[:, 0].argmax(1))

@@ -83,7 +83,7 @@ def run(phase, problems, tokenizer, out):
         device=torch.device("cpu"), rank=0, world=1, config={}, tokenizer=tokenizer,
         autocast=lambda: torch.autocast("cpu", enabled=False))
     if phase == "sft":
-        train_sup.train_explicit(phase, llm, problems, problems, STEPS, 0.5, args, env)
+        train_sup.train_explicit(phase, llm, problems, problems, STEPS, args, env)
     elif phase == "sup":
         train_sup.train_superposition(encoder, llm, problems, problems, args, env)
     else:

@@ -240,7 +240,7 @@ def test_what_has_no_chain_is_said(tmp_path, capsys):
              for i in range(60)]
     (tmp_path / "train.jsonl").write_text("\n".join(lines))
     args = SimpleNamespace(data=str(tmp_path), data_dir=None, cot="steps", seed=0, as_told=0.8,
-                           renumber=0, block_size=64)
+                           renumber=0, block_size=64, chunk_size=2)
     env = SimpleNamespace(tokenizer=data.Tokenizer("toy"), rank=0)
     train, val = data.splits(args, env)
     said = capsys.readouterr().out.split(f"{len(train)} without a chain")[0]
@@ -439,6 +439,7 @@ def test_what_is_too_long_is_dropped_and_counted(problems, toy_tokenizer):
     fewer = Problems(problems.problems, toy_tokenizer, longest - 1)
     assert fewer.dropped == (length == longest).sum() > 0 and len(fewer) + fewer.dropped == 101
     assert Problems(problems.problems, toy_tokenizer, longest).dropped == 0
+    assert Problems(problems.problems, toy_tokenizer, longest, chunk_size=64).dropped > 0
     assert fewer.fingerprint != problems.fingerprint
     with pytest.raises(UserError, match="all 101 are longer"):
         Problems(problems.problems, toy_tokenizer, 5)

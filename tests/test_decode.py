@@ -11,24 +11,29 @@ from data import Problems
 from decode import (Decoded, continuation_prompt, decode, evaluate, gold_prompt, latents_prompt,
                     question_prompt)
 from encoder import ordinary_softmax, pad, superpose
-from test_encoder import embed, summaries
+from test_encoder import embed, positions, summaries
 
 
-def decode_one(llm, x, latent=False, top_k=0, max_latents=0, max_tokens=64):
-    """One prompt x (T, C), no cache: (ids written, latent steps, was a cap met)."""
+def decode_one(llm, x, pos=None, latent=0, top_k=0, max_latents=0, max_tokens=64):
+    """One prompt x (T, C), no cache: (ids written, latent steps, was a cap met).
+
+    pos: its positions, a list; by default 0, 1, …
+    """
     written, latents, capped = [], 0, False
+    pos = list(pos or range(len(x)))
     while True:
-        logits = llm.head(llm(x[None]))[0, -1]
+        logits = llm.head(llm(x[None], torch.tensor([pos])))[0, -1]
         token = int(logits.argmax())
         if latent and token != VOCAB.eot and latents == max_latents:
             token = VOCAB.eot
             capped = True
-        latent = latent and token != VOCAB.eot
+        latent = 0 if token == VOCAB.eot else latent
         if not latent:
             written.append(token)
             if token == VOCAB.eos:
                 return written[:-1], latents, capped
-        if len(written) == max_tokens or len(x) == llm.config.block_size:
+        pos.append(pos[-1] + (latent or 1))
+        if len(written) == max_tokens or pos[-1] >= llm.config.block_size:
             return written, latents, True
         if latent:
             latents += 1
@@ -40,7 +45,7 @@ def decode_one(llm, x, latent=False, top_k=0, max_latents=0, max_tokens=64):
 
 
 def speaker(seed, B=8):
-    """A model whose rows stop early, late or never, and prompts for it: (B, T, C), lengths (B,).
+    """A model whose rows stop early, late or never, and prompts for it, as `decode` takes them.
 
     Past a row's end stands garbage.
     """
@@ -52,24 +57,25 @@ def speaker(seed, B=8):
     ids = torch.randint(VOCAB.n_ordinary, (B, int(length.max())), generator=g)  # (B, T)
     for row, question in zip(ids, questions):
         row[:len(question)] = torch.tensor(question)
-    return llm, llm.wte(ids), length
+    return llm, llm.wte(ids), torch.arange(ids.size(1)).expand(B, -1), length
 
 
 @pytest.mark.parametrize("how", [
     dict(),
     dict(max_tokens=3),
-    dict(latent=True, max_latents=30),
-    dict(latent=True, max_latents=30, top_k=3),
-    dict(latent=True, max_latents=4, max_tokens=4),
-    dict(latent=True, max_latents=0),
-    dict(latent=True, max_latents=200),
+    dict(latent=1, max_latents=30),
+    dict(latent=2, max_latents=30),
+    dict(latent=2, max_latents=30, top_k=3),
+    dict(latent=4, max_latents=4, max_tokens=4),
+    dict(latent=2, max_latents=0),
+    dict(latent=3, max_latents=200),
 ], ids=str)
 def test_batched_and_cached_equals_one_by_one(how):
     """Rows stop by themselves, meet a cap, or run out of positions, each at its own step."""
     caps = set()
     for seed in (0, 2, 3, 7):
-        llm, x, length = speaker(seed)
-        out = decode(llm, VOCAB, x, length, **how)
+        llm, x, pos, length = speaker(seed)
+        out = decode(llm, VOCAB, x, pos, length, **how)
         for b, n in enumerate(length):
             expected = decode_one(llm, x[b, :n], **how)
             assert (out.tokens[b], int(out.latents[b]), bool(out.capped[b])) == expected
@@ -80,7 +86,7 @@ def test_batched_and_cached_equals_one_by_one(how):
 def test_question_prompts_are_the_questions():
     llm = tiny(1)
     batch = random_batch([5, 0, 8, 1])
-    x, length = question_prompt(llm, batch, SimpleNamespace(device="cpu"))
+    x, pos, length = question_prompt(llm, batch, SimpleNamespace(device="cpu"))
     for b, (X, _, _) in enumerate(rows(batch, 1)):
         assert torch.equal(x[b, :length[b]], embed(llm, X))
     assert x.size(1) == length.max()
@@ -94,14 +100,14 @@ def test_gold_prompts_are_the_summaries_of_the_chain(c, top_k, block_size):
     llm = tiny(1, block_size)
     batch = random_batch([5, 0, 8, 1], question_lengths=[3, 5, 7, 2])
     env = SimpleNamespace(tokenizer=VOCAB, device="cpu")
-    x, length = gold_prompt(llm, encoder, batch, env, c, top_k)
-    out = decode(llm, VOCAB, x, length, max_tokens=10)
+    x, pos, length = gold_prompt(llm, encoder, batch, env, c, top_k)
+    out = decode(llm, VOCAB, x, pos, length, max_tokens=10)
     for b, (X, S, _) in enumerate(rows(batch, c)):
         z = [superpose(alpha.float(), llm.wte.weight, top_k)[None]
              for alpha in summaries(encoder, X, S)]
         prompt = torch.cat([embed(llm, X), *z, embed(llm, [VOCAB.eot])])
         torch.testing.assert_close(x[b, :length[b]], prompt, rtol=0, atol=1e-6)  # α is float32
-        expected = decode_one(llm, prompt, max_tokens=10)
+        expected = decode_one(llm, prompt, positions(len(X), len(z), c, 1), max_tokens=10)
         assert (out.tokens[b], 0, bool(out.capped[b])) == expected
 
 
@@ -111,44 +117,49 @@ def test_continuation_prompts_end_after_k_summaries(c):
     encoder, llm = tiny(0), tiny(1)
     batch = random_batch([5, 0, 8, 1, 8, 8, 3])
     env = SimpleNamespace(tokenizer=VOCAB, device="cpu")
-    x, length = continuation_prompt(llm, encoder, batch, env, c, 0)
+    x, pos, length = continuation_prompt(llm, encoder, batch, env, c, 0)
     for b, (X, S, _) in enumerate(rows(batch, c)):
         k = b % (len(S) + 1)
         z = [superpose(alpha.float(), llm.wte.weight)[None] for alpha in summaries(encoder, X, S)]
         prompt = torch.cat([embed(llm, X), *z[:k]])
         torch.testing.assert_close(x[b, :length[b]], prompt, rtol=0, atol=1e-6)
+        assert pos[b, :length[b]].tolist() == positions(len(X), k, c, 0)
 
 
-def test_a_chain_is_cut_where_the_model_ends():
+@pytest.mark.parametrize("c", [1, 2])
+def test_a_chain_is_cut_where_the_model_ends(c):
+    """What is left of it leaves room for <eot>."""
     llm = tiny(1, block_size=10)
     batch = random_batch([0, 0], question_lengths=[3, 7])
     z = torch.randn(2, 9, 16, dtype=torch.float64)
-    x, length = latents_prompt(llm, batch, z, [9, 9], [VOCAB.eot], "cpu")
-    assert length.tolist() == [10, 10]
+    x, pos, length = latents_prompt(llm, batch, z, [9, 9], c, [VOCAB.eot], "cpu")
     for b, (X, _, _) in enumerate(rows(batch, 1)):
-        expected = [embed(llm, X), z[b, :9 - len(X)], embed(llm, [VOCAB.eot])]
-        assert torch.equal(x[b], torch.cat(expected))
+        k = (9 - len(X)) // c
+        expected = [embed(llm, X), z[b, :k], embed(llm, [VOCAB.eot])]
+        assert torch.equal(x[b, :length[b]], torch.cat(expected))
+        assert pos[b, :length[b]].tolist() == positions(len(X), k, c, 1)
 
 
 def test_a_q_that_is_returned_is_fed_in_place_of_the_models_own():
     """Fed its own q it decodes as before; fed a token's, as if that token had been written."""
-    llm, x, length = speaker(3)
-    own = decode(llm, VOCAB, x, length, latent=True, max_latents=6)
-    same = decode(llm, VOCAB, x, length, latent=True, max_latents=6,
+    llm, x, pos, length = speaker(3)
+    own = decode(llm, VOCAB, x, pos, length, latent=2, max_latents=6)
+    same = decode(llm, VOCAB, x, pos, length, latent=2, max_latents=6,
                   on_latent=lambda step, q, rows: q)
     assert same.tokens == own.tokens
     one_hot = torch.eye(VOCAB.n_ordinary)[5].expand(len(x), -1)
-    forced = decode(llm, VOCAB, x, length, latent=True, max_latents=1,
+    forced = decode(llm, VOCAB, x, pos, length, latent=2, max_latents=1,
                     on_latent=lambda step, q, rows: one_hot)
     for b in (forced.latents == 1).nonzero()[:, 0].tolist():
         prompt = torch.cat([x[b, :length[b]], embed(llm, [5, VOCAB.eot])])
+        at = positions(int(length[b]), 1, 2, 1)
         if forced.capped[b]:
-            assert forced.tokens[b][1:] == decode_one(llm, prompt, max_tokens=63)[0]
+            assert forced.tokens[b][1:] == decode_one(llm, prompt, at, max_tokens=63)[0]
     assert (forced.latents == 1).any()
 
 
 def test_latent_steps_can_be_watched():
-    llm, x, length = speaker(3)
+    llm, x, pos, length = speaker(3)
     seen = torch.zeros(8, dtype=torch.int64)
     steps = []
 
@@ -158,17 +169,17 @@ def test_latent_steps_can_be_watched():
         steps.append(step)
         seen.add_(rows)
 
-    out = decode(llm, VOCAB, x, length, latent=True, max_latents=30, on_latent=on_latent)
+    out = decode(llm, VOCAB, x, pos, length, latent=2, max_latents=30, on_latent=on_latent)
     assert torch.equal(seen, out.latents)
     assert len(set(seen.tolist())) > 1
 
 
 def test_decoding_encodes_nothing_again():
     """The prompt once, then one vector a row and step."""
-    llm, x, length = speaker(0)
+    llm, x, pos, length = speaker(0)
     fed = []
     llm.register_forward_pre_hook(lambda module, args: fed.append(args[0].size(1)))
-    decode(llm, VOCAB, x, length, latent=True, max_latents=5, max_tokens=9)
+    decode(llm, VOCAB, x, pos, length, latent=2, max_latents=5, max_tokens=9)
     assert fed == [x.size(1)] + [1] * (5 + 9 - 1)
 
 
@@ -191,7 +202,7 @@ def test_a_split_is_scored(monkeypatch, toy_tokenizer, batch_size):
     problems = Problems([{"question": question, "chain": "12 34 56", "answer": answer}
                          for question, answer in zip(WRITTEN, ANSWERS)], t, block_size=64)
 
-    def canned(llm, tokenizer, x, length, latent, top_k, max_latents, max_tokens, on_latent):
+    def canned(llm, tokenizer, x, pos, length, latent, top_k, max_latents, max_tokens, on_latent):
         tokens, latents = [], []
         for question, n in zip(x.tolist(), length.tolist()):
             text = WRITTEN[t.decode(question[:n - 1])][0]
@@ -203,7 +214,7 @@ def test_a_split_is_scored(monkeypatch, toy_tokenizer, batch_size):
     def prompt(batch):
         questions = [p.question for p in batch.problems]
         length = torch.tensor([len(question) for question in questions])
-        return pad(questions, int(length.max())), length
+        return pad(questions, int(length.max())), None, length
 
     monkeypatch.setattr(decoding, "decode", canned)
     env = SimpleNamespace(tokenizer=t, device="cpu", autocast=nullcontext)

@@ -7,16 +7,24 @@ from conftest import VOCAB, close, random_batch, rows, tiny
 from encoder import (chunk_bags, count_chunks, draw_chunk, encoder_batch, explicit_batch,
                      induction_mask, insert_latents, latent_batch, llm_batch,
                      local_supervision_mask, ordinary_softmax, summarize, superpose,
-                     superpose_bags, superpose_sparse, supervision_mask,
-                     top_k_renormalized)
+                     superpose_sparse, supervision_mask, top_k_renormalized)
 
 SIZES = [1, 2, 3, 4]
 CHAINS = [7, 0, 4, 1, 8, 2]  # short last chunks, less than a chunk, and no chain, in one batch
 
 
-def read(model, x):
-    """The last layer's hidden states (T, C) of one row of vectors, in a plain causal pass."""
-    return model(x[None])[0]
+def read(model, x, pos=None):
+    """The last layer's hidden states (T, C) of one row of vectors, in a plain causal pass.
+
+    pos: their positions, a list; by default 0, 1, …
+    """
+    return model(x[None], None if pos is None else torch.tensor([pos]))[0]
+
+
+def positions(nx, k, c, text):
+    """X, then k latents, each at the place of its chunk's last token, then `text` tokens."""
+    return [*range(nx), *(nx + c * i - 1 for i in range(1, k + 1)),
+            *range(nx + c * k, nx + c * k + text)]
 
 
 def embed(model, tokens):
@@ -36,10 +44,10 @@ def some_followed(n):
     return np.full_like(n, -1), n - 1, n // 2 - 1, np.maximum(n - 2, -1)
 
 
-def continuation(llm, X, z, text):
+def continuation(llm, X, z, text, c):
     """The hidden states that predict `text` behind X and z (k, C), by a pass for it alone."""
     x = torch.cat([embed(llm, X), z, embed(llm, text)])
-    return read(llm, x)[-len(text) - 1:-1]
+    return read(llm, x, positions(len(X), len(z), c, len(text)))[-len(text) - 1:-1]
 
 
 def random_latents(seq):
@@ -87,7 +95,7 @@ def test_continuations_in_one_pass_equal_a_pass_for_each(c):
         expected, targets, weights = [], [], []
         for i, part in enumerate(parts):
             seen = min(i + 1, len(S))  # without a chain the answer follows X
-            expected.append(continuation(llm, X, z[b, :seen], part))
+            expected.append(continuation(llm, X, z[b, :seen], part, c))
             targets += part
             weights += [1 / len(parts) / len(part)] * len(part)
         real = seq.loss_weight[b] > 0
@@ -109,7 +117,8 @@ def test_phase_3_is_plain_causal(c):
         n = len(S)
         real = seq.loss_weight[b] > 0
         one = torch.cat([embed(llm, X), z[b, :n], embed(llm, answer)])
-        expected = read(llm, one)[len(X) - 1:-1]  # where z₀ … z_{n-1}, then <eot> Ans are predicted
+        at = positions(len(X), n, c, len(answer))
+        expected = read(llm, one, at)[len(X) - 1:-1]  # z₀ … z_{n-1}, then <eot> Ans, are predicted
         close(torch.cat([hidden[b, :n], hidden[b, N:][real]]), expected)
         assert seq.target[b][real].tolist() == answer
         assert seq.n[b] == n
@@ -131,23 +140,19 @@ def test_explicit_layout_is_the_text_itself():
 
 
 @pytest.mark.parametrize("c", SIZES)
-def test_some_latents_then_the_rest_as_text(c):
-    """The explicit layout after 0 … n chunks as latents: a plain pass over X z₀ … S_k … Ans."""
-    llm = tiny(1)
-    batch = random_batch(CHAINS)
-    n = count_chunks(np.array(CHAINS), c)
-    for read_chunks in np.zeros_like(n), n, n // 2, np.maximum(n - 1, 0):
-        seq = explicit_batch(batch, c, read_chunks)
-        z = random_latents(seq) if seq.n.any() else torch.zeros(len(n), 1, 16).double()
-        x = insert_latents(llm.wte(seq.ids), z, seq.latent)
-        hidden = llm(x, seq.pos, index=seq.predict_index)
+def test_text_after_latents_stands_where_it_would_in_the_text(c):
+    """S_{i+1} and what is followed have, behind z_i, their positions in X S Ans."""
+    batch = random_batch([7, 4, 1, 8])
+    n = count_chunks(np.array([7, 4, 1, 8]), c)
+    for follow in some_followed(n):
+        seq = llm_batch(batch, c, follow)
         for b, (X, S, answer) in enumerate(rows(batch, c)):
-            k = read_chunks[b]
-            written = sum(S[k:], []) + answer
-            real = seq.loss_weight[b] > 0
-            close(hidden[b][real], continuation(llm, X, z[b, :k], written))
-            assert seq.target[b][real].tolist() == written
-            close(seq.loss_weight[b][real], torch.full((len(written),), 1 / len(written)), 1e-7)
+            at = len(X) + np.arange(0, c * n[b] + 1, c)  # of S₀, S₁, …, <eot>
+            pos, segment = seq.pos[b], seq.segment[b]
+            assert pos[seq.latent[b] > 0].tolist() == (at[1:] - 1).tolist()
+            for i in range(n[b]):
+                text = pos[segment == (n[b] + 1 if i == follow[b] else i + 1)].tolist()
+                assert text == list(range(at[i + 1], at[i + 1] + len(text)))
 
 
 @pytest.mark.parametrize("c", SIZES)
@@ -169,11 +174,11 @@ def test_a_text_followed_to_the_end_equals_a_pass_for_it(c):
             expected, targets, weights = [], [], []
             if k == -1 and n:  # no chunk is read yet: the whole chain behind <bot>
                 targets += sum(S, []) + answer
-                expected.append(continuation(llm, X, z[b, :0], targets))
+                expected.append(continuation(llm, X, z[b, :0], targets, c))
                 weights += [1 / len(targets)] * len(targets)
             for i, part in enumerate(parts):
                 text = sum(parts[i:], []) if i == k else part
-                expected.append(continuation(llm, X, z[b, :min(i + 1, n)], text))
+                expected.append(continuation(llm, X, z[b, :min(i + 1, n)], text, c))
                 targets += text
                 sup = [1 / len(parts) / len(part)] * len(part)
                 if i == k:
@@ -206,11 +211,12 @@ def test_the_chunk_to_follow_is_drawn_evenly_and_anew():
 
 @pytest.mark.parametrize("c", SIZES)
 def test_no_position_is_beyond_the_longest_problem(c):
-    """A problem is kept if X S Ans fits the model; then every layout of it fits as well."""
+    """A problem is kept if X S Ans, S in whole chunks, fits; then every layout of it fits too."""
     for seed in range(20):
         rng = np.random.default_rng(seed)
         batch = random_batch(rng.integers(0, 9, 5), seed)
-        longest = sum(batch.bucket).max()
+        x, s, a = batch.bucket
+        longest = (x + count_chunks(s, c) * c + a).max()
         followed = [llm_batch(batch, c, k) for k in some_followed(count_chunks(batch.bucket[1], c))]
         for seq in (encoder_batch(batch, c, VOCAB.sum), llm_batch(batch, c), latent_batch(batch, c),
                     explicit_batch(batch), *followed):
@@ -363,16 +369,6 @@ def test_one_hot_alpha_is_the_token_embedding():
     for z in (superpose(alpha, E), superpose(alpha, E, 1), superpose(alpha, E, 5),
               superpose_sparse(ones, v[None, :, None], E)):
         assert torch.equal(z[0], E[v])
-
-
-@pytest.mark.parametrize("c", SIZES)
-def test_the_z_of_a_bag_is_the_mean_of_its_embeddings(c):
-    E = torch.randn(VOCAB.n_vocab, 16).double()
-    batch = random_batch(CHAINS)
-    z = superpose_bags(chunk_bags(batch, c), E)
-    for b, (_, S, _) in enumerate(rows(batch, c)):
-        for i, chunk in enumerate(S):
-            close(z[b, i], E[torch.tensor(chunk)].mean(0))
 
 
 def test_sparse_superposition_equals_dense():

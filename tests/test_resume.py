@@ -239,10 +239,9 @@ def test_a_loop_checks_only_what_made_it(tmp_path, monkeypatch, flags, says):
 
 
 @pytest.mark.parametrize("flags, says", [
-    (["--mixed", "0"], "mixed = 0.5, here it is 0.0"),
-    (["--chunk-size", "3"], "chunk_size = 2, here it is 3"),
+    (["--as-told", "0.5"], "as_told = 0.8, here it is 0.5"),
     (["--lr", "0.1"], "lr = .*, here it is 0.1"),
-], ids=["mixed", "chunk-size", "lr"])
+], ids=["as-told", "lr"])
 def test_a_loop_checks_all_that_made_it(tmp_path, monkeypatch, flags, says):
     """Flags of the warm-up may not change once it has begun."""
     command = [*TINY, "--out", str(tmp_path), "--resume"]
