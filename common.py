@@ -34,10 +34,10 @@ from model import GPT, GPT2, GPTConfig
 
 PRESETS = {  # the defaults that depend on --data; "gsm8k" serves everything but the toy task
     "toy": dict(
-        n_layer=3, n_head=8, n_embd=128, block_size=104,
-        batch_size=32, chunk_size=2, eval_every=250, noise=0.25,
-        sft_steps=700, lr={"sup": 4e-3, "latent": 2e-3}, llm_lr=2e-3,
-        bag_steps=100, steps={"sup": 550, "latent": 800},
+        n_layer=3, n_head=8, n_embd=128, block_size=120,
+        batch_size=32, chunk_size=2, eval_every=250, noise=0.1,
+        sft_steps=800, lr={"sup": 4e-3, "latent": 4e-3},
+        bag_steps=100, steps={"sup": 550, "latent": 1500},
     ),
     "gsm8k": dict(
         n_layer=4, n_head=4, n_embd=256, block_size=384,
@@ -100,8 +100,6 @@ def add_training_flags(group, phase):
     add("--lr", type=float, help="peak learning rate")
     add("--steps", type=int, help="updates of this phase")
     if phase == "sup":
-        add("--llm-lr", type=float, help="that of the LLM in phase 1 (default: --lr; on the toy "
-            "task 5e-4)")
         add("--sft-steps", type=int, help="updates of the explicit warm-up")
     add("--eval-every", type=int, help="updates between two evaluations, which also save")
 
@@ -198,12 +196,11 @@ def fill_in_defaults(args, phase, parent):
         if field in INHERITED or hasattr(args, field):
             if getattr(args, field, None) is None:
                 setattr(args, field, value)
-    if phase == "sup" and args.llm_lr is None:
-        args.llm_lr = args.lr
 
 
 def check_ranges(args):
-    may_be_zero = ("steps", "sft_steps", "bag_steps", "baseline_steps", "top_k", "renumber", "seed")
+    may_be_zero = ("steps", "sft_steps", "bag_steps", "encoder_first", "baseline_steps", "top_k",
+                   "renumber", "seed")
     if args.renumber and args.data == "toy":
         raise UserError("--renumber: the toy task draws new problems already; leave it out")
     if getattr(args, "as_told", 0) > 1:

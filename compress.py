@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 import common
 from data import UserError, splits
-from encoder import chunk_bags, count_chunks, encoder_batch, summarize
+from encoder import chunk_bags, count_chunks, encoder_batch, ordinary_softmax, summary_states
 from metrics import measure_ecr
 
 SAVE_EVERY = 20  # batches between two saves
@@ -38,7 +38,9 @@ def choose_top_k(args, env):
     if phase1 not in (0, K):
         raise UserError(f"--top-k {K} contradicts {args.out}/sup.pt, whose z were made with "
                         f"{phase1}")
-    vocabulary = env.tokenizer.n_ordinary
+    model, vocabulary = env.parent["config"]["model"], env.tokenizer.n_ordinary
+    if model.get("hidden_latents"):
+        return model["n_embd"]  # a hidden state is kept whole, a channel an entry
     return min(K or vocabulary, vocabulary)
 
 
@@ -64,16 +66,17 @@ def open_store(folder, meta, offsets, args):
     return values, ids, 0, 0.0
 
 
-def top_entries(alpha, n, start, K):
-    """A batch's latents one after another: (rows of the store, α's K largest entries, their ids).
+def to_keep(encoder, hidden, n_ordinary, K):
+    """What the store keeps of hidden states at L, (B, N, C): (values, ids, mass).
 
-    alpha float32 (B, N, n_ordinary); n int64 (B,): latents of each problem; start int64 (B,): the
-    row of its first one. Arrays (latents,), float32 (latents, K), int64 (latents, K).
+    values float32, ids int64 (B, N, K): α's K largest entries, scaled to sum to 1; mass (B, N):
+    what they summed to before. Ablation hidden_latents: the hidden state itself, no ids.
     """
-    top = alpha.topk(K)                                                   # (B, N, K)
-    real = torch.arange(alpha.size(1), device=n.device) < n[:, None]      # (B, N)
-    rows = start[:, None] + np.arange(alpha.size(1))                      # (B, N)
-    return rows[real.cpu().numpy()], top.values[real].cpu().numpy(), top.indices[real].cpu().numpy()
+    if encoder.config.hidden_latents:
+        return hidden.float(), torch.zeros_like(hidden, dtype=torch.int64), hidden.new_ones(1, 1)
+    values, ids = ordinary_softmax(encoder.head(hidden), n_ordinary).topk(K)   # (B, N, K)
+    mass = values.sum(2)                                                       # (B, N)
+    return values / mass[:, :, None], ids, mass
 
 
 def report_ecr(folder, train, c):
@@ -112,11 +115,12 @@ def main(argv=None):
         for done, batch in enumerate(progress, done + 1):
             enc = encoder_batch(batch, c, tokenizer.sum).to(env.device)
             with env.autocast():
-                alpha = summarize(encoder, enc, tokenizer.n_ordinary)     # (B, N, n_ordinary)
-            rows, top, top_ids = top_entries(alpha, enc.n, offsets[batch.rows], K)
-            values[rows] = top / top.sum(1, keepdims=True)
-            ids[rows] = top_ids
-            mass += float(top.sum())
+                kept = to_keep(encoder, summary_states(encoder, enc), tokenizer.n_ordinary, K)
+            index = np.arange(enc.summary_index.size(1))                       # (N,)
+            real = torch.from_numpy(index).to(env.device) < enc.n[:, None]     # (B, N)
+            rows = (offsets[batch.rows][:, None] + index)[real.cpu().numpy()]
+            values[rows], ids[rows] = (tensor[real].cpu().numpy() for tensor in kept[:2])
+            mass += float(kept[2].expand_as(real)[real].sum())
             if done % SAVE_EVERY == 0 or done == len(batches) or interrupt.pressed:
                 values.flush()
                 ids.flush()
@@ -127,7 +131,7 @@ def main(argv=None):
                                 "with --resume")
     print(f"{folder}: {total} latents of {len(train)} problems; the top {K} hold "
           f"{mass / max(1, total):.4f} of α's mass")
-    if total:
+    if total and not encoder.config.hidden_latents:
         report_ecr(folder, train, c)
 
 

@@ -11,8 +11,8 @@ from typing import NamedTuple
 import torch
 
 from data import to_number
-from encoder import (Sequence, count_chunks, encoder_batch, insert_latents, latent_pos,
-                     ordinary_softmax, pad, summarize, superpose)
+from encoder import (Sequence, count_chunks, encoder_batch, insert_latents, latent_pos, latents_of,
+                     pad, summary_states, superpose)
 from model import KVCache
 
 
@@ -61,9 +61,9 @@ class RowState:
 
 
 def prefill(llm, x, pos, length, extra):
-    """One pass over the prompts x (B, T, C) at pos (B, T): (logits, cache, visible).
+    """One pass over the prompts x (B, T, C) at pos (B, T): (hidden, cache, visible).
 
-    logits (B, V) at each prompt's last vector; a KVCache with `extra` free slots; visible bool
+    hidden (B, C) at each prompt's last vector; a KVCache with `extra` free slots; visible bool
     (B, T + extra), False at the padding, past each prompt's `length` (B,).
     """
     B, T, _ = x.shape
@@ -74,8 +74,8 @@ def prefill(llm, x, pos, length, extra):
     cache = KVCache(llm.config, B, T + extra, device, dtype)
     slot = torch.arange(T + extra, device=device)
     visible = (slot < length[:, None]) | (slot >= T)  # the prompt's own slots, and those to come
-    hidden = llm(x, pos, cache=cache, index=(length - 1)[:, None])  # (B, 1, C)
-    return llm.head(hidden)[:, 0], cache, visible
+    hidden = llm(x, pos, cache=cache, index=(length - 1)[:, None])[:, 0]  # (B, C)
+    return hidden, cache, visible
 
 
 @torch.no_grad()
@@ -91,8 +91,9 @@ def decode(llm, tokenizer, x, pos, length, latent=0, top_k=0, max_latents=0, max
                distribution on the ordinary vocabulary (or its `top_k` renormalized); then the row
                writes text. 0: it writes text at once
     max_*      caps on the latent steps and on the tokens of each row
-    on_latent  called as on_latent(step, q, active) where rows think: q float32 (B, n_ordinary),
-               active bool (B,) the rows that take a latent step; a q that it returns replaces q
+    on_latent  called as on_latent(step, q, z, active) where rows think: q float32 (B, n_ordinary),
+               z (B, C), active bool (B,) the rows that take a latent step; a q that it returns
+               takes the place of q
 
     Each step feeds one vector a row. Step t fills slot T + t in all rows, but each row has its own
     position; the padding between is never visible.
@@ -102,26 +103,26 @@ def decode(llm, tokenizer, x, pos, length, latent=0, top_k=0, max_latents=0, max
     steps = (max_latents if latent else 0) + max_tokens
     last = pos.gather(1, (length - 1)[:, None])[:, 0]  # (B,)
     steps = max(0, min(steps, block - 1 - int(last.min())))
-    logits, cache, visible = prefill(llm, x, pos, length, steps)
+    hidden, cache, visible = prefill(llm, x, pos, length, steps)
     state, out = RowState(last, latent), []
     for step in range(steps + 1):
-        token, written = state.advance(logits.argmax(1), tokenizer, max_latents, max_tokens,
-                                       positions=block if step < steps else 0)
+        token, written = state.advance(llm.head(hidden).argmax(1), tokenizer, max_latents,
+                                       max_tokens, positions=block if step < steps else 0)
         out.append(written)
         if state.done.all():
             break
         x = llm.wte(token)  # (B, C)
         if state.thinking.any():
-            q = ordinary_softmax(logits, tokenizer.n_ordinary)
+            q, z = latents_of(llm, hidden, llm.wte.weight, tokenizer.n_ordinary, top_k)
             active = state.thinking & ~state.done
-            if on_latent:
-                replaced = on_latent(step, q, active)
-                q = q if replaced is None else replaced
-            z = superpose(q, llm.wte.weight, top_k).to(x.dtype)
+            replaced = on_latent and on_latent(step, q, z, active)
+            if replaced is not None:
+                z = superpose(replaced, llm.wte.weight, top_k)
+            z = z.to(x.dtype)
             x = torch.where(state.thinking[:, None], z, x)
             state.latents += active
         pos = state.pos.clamp(max=block - 1)[:, None]  # (B, 1); only a done row is clamped
-        logits = llm.head(llm(x[:, None], pos, visible[:, None, :T + step + 1], cache))[:, 0]
+        hidden = llm(x[:, None], pos, visible[:, None, :T + step + 1], cache)[:, 0]  # (B, C)
     rows = torch.stack(out, 1).tolist()
     tokens = [[i for i in row if i >= 0 and i != tokenizer.eos] for row in rows]
     return Decoded(tokens, state.latents, state.capped)
@@ -165,8 +166,9 @@ def prompt_of(rows, llm, z, device):
 def summaries(llm, encoder, batch, env, c, top_k):
     """The encoder's summaries of the true chains: (z float (B, N, C), n int64 array (B,))."""
     layout = encoder_batch(batch, c, env.tokenizer.sum).to(env.device)
-    alpha = summarize(encoder, layout, env.tokenizer.n_ordinary)  # (B, N, n_ordinary)
-    return superpose(alpha, llm.wte.weight, top_k), layout.n.cpu().numpy()
+    hidden = summary_states(encoder, layout)  # (B, N, C)
+    _, z = latents_of(encoder, hidden, llm.wte.weight, env.tokenizer.n_ordinary, top_k)
+    return z, layout.n.cpu().numpy()
 
 
 def gold_prompt(llm, encoder, batch, env, c, top_k):

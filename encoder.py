@@ -337,6 +337,16 @@ def local_supervision_mask(segment, latent):
     return supervision_mask(segment) & (~next_chunk | (key == query) | own_latent)
 
 
+def open_supervision_mask(segment, latent):
+    """Ablation: no LTSuM. Causal, so that all text of earlier chunks is seen beside the latents.
+
+    Only the text that is followed to the end is still seen by itself alone.
+    """
+    key, query = segment[:, None, :], segment[:, :, None]
+    n = latent.amax(1)[:, None, None]
+    return causal_mask(segment.size(1), segment.device) & ((key <= n) | (key == query))
+
+
 # ------------------------------------------------------------------------------------ superposition
 
 def ordinary_softmax(logits, n_ordinary):
@@ -377,12 +387,33 @@ def insert_latents(x, z, latent):
     return torch.where(latent[:, :, None] > 0, z.to(x.dtype).gather(1, index), x)
 
 
-def summarize(encoder, layout, n_ordinary):
-    """All summaries of a batch in one pass of the encoder: α float32 (B, N, n_ordinary).
+def summary_states(encoder, layout):
+    """The hidden states at all L of a batch, in one pass of the encoder: (B, N, C).
 
     layout is that of encoder_batch. The entries past a row's n have no meaning.
     """
-    x = encoder.wte(layout.ids)  # (B, T, C)
-    mask = induction_mask(layout.segment)
-    hidden = encoder(x, layout.pos, mask, index=layout.summary_index)  # (B, N, C)
-    return ordinary_softmax(encoder.head(hidden), n_ordinary)
+    x = encoder.wte(layout.ids)                                                # (B, T, C)
+    mask = induction_mask(layout.segment) if encoder.config.ltim else None     # None: causal
+    return encoder(x, layout.pos, mask, index=layout.summary_index)
+
+
+def summarize(encoder, layout, n_ordinary):
+    """All summaries of a batch: α float32 (B, N, n_ordinary)."""
+    return ordinary_softmax(encoder.head(summary_states(encoder, layout)), n_ordinary)
+
+
+def latents_of(model, hidden, E, n_ordinary, k=0):
+    """(α float32 (..., n_ordinary), z (..., C)) of a model's hidden states (..., C).
+
+    The model is the encoder, or the LLM that thinks; E are the embeddings of the LLM that reads z.
+    Ablation `hidden_latents`: z is the hidden state itself.
+    """
+    alpha = ordinary_softmax(model.head(hidden), n_ordinary)
+    if model.config.hidden_latents:
+        return alpha, fed_hidden(hidden, E)
+    return alpha, superpose(alpha, E, k)
+
+
+def fed_hidden(hidden, E):
+    """A hidden state as an input vector: it is large, and gets the size of an embedding."""
+    return hidden * E.std().detach()

@@ -72,3 +72,13 @@ def latent_kl(p, ids, logits, n):
     kl = (torch.xlogy(p, p) - p * log_q).sum(2)                                # (B, N)
     real = torch.arange(kl.size(1), device=kl.device) < n[:, None]             # (B, N)
     return (kl.where(real, 0).sum(1) / n.clamp(min=1)).mean()
+
+
+def latent_mse(hidden, target, n):
+    """Ablation `hidden_latents`, in place of L_lat: the mean squared error over a row's n latents.
+
+    hidden, target (B, N, C); n (B,).
+    """
+    error = (hidden.float() - target).square().mean(2)                         # (B, N)
+    real = torch.arange(error.size(1), device=error.device) < n[:, None]       # (B, N)
+    return (error.where(real, 0).sum(1) / n.clamp(min=1)).mean()

@@ -46,6 +46,8 @@ class GPTConfig:
     n_head: int = 4
     n_embd: int = 128
     gelu: str = "none"  # F.gelu's `approximate`: exact is faster on a CPU, GPT-2 has "tanh"
+    ltim: bool = True             # ablations of encoder.py, kept here so that a checkpoint
+    hidden_latents: bool = False  # says how its model reads and thinks
 
     def __post_init__(self):
         if self.n_embd % self.n_head:

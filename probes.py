@@ -14,7 +14,7 @@ import torch
 
 from data import Problems
 from decode import evaluate, latents_prompt
-from encoder import count_chunks, encoder_batch, summarize, superpose
+from encoder import count_chunks, encoder_batch, latents_of, summary_states
 
 RECORDED = 300         # entries of each α that are recorded, the largest ones
 FEW, POINTS = 128, 25  # a curve decodes anew at every point: its problems and points at most
@@ -65,13 +65,13 @@ def allocate(setting, llm, N):
         answers={})
 
 
-def store(latents, rows, t, alpha, E, top_k):
-    """Record α (..., V) and its z as the latents of the problems `rows` at the positions t."""
+def store(latents, rows, t, alpha, z):
+    """Record α (..., V) and z (..., C) as the latents t of the problems `rows`."""
     values, ids = alpha.topk(latents.values.size(2))
     latents.values[rows, t] = values.cpu()
     latents.ids[rows, t] = ids.int().cpu()
     latents.entropy[rows, t] = torch.special.entr(alpha).sum(-1).cpu()
-    latents.z[rows, t] = superpose(alpha, E, top_k).float().cpu()
+    latents.z[rows, t] = z.float().cpu()
 
 
 def trim(latents):
@@ -86,9 +86,9 @@ def record_latents(setting, llm, top_k):
     """The chains that the latent model thinks, α = q being its predictions, and its answers."""
     latents = allocate(setting, llm, N=setting.caps[0])
 
-    def on_latent(batch, step, q, active):
+    def on_latent(batch, step, q, z, active):
         rows = torch.from_numpy(batch.rows)[active.cpu()]
-        store(latents, rows, step, q[active], llm.wte.weight, top_k)
+        store(latents, rows, step, q[active], z[active])
         latents.n[rows] = step + 1
 
     found = decode_split(setting, llm, "latent", top_k=top_k, on_latent=on_latent)
@@ -105,9 +105,10 @@ def record_summaries(setting, llm, encoder, top_k):
     for batch in problems.eval_batches(batch_size, setting.R):
         with env.autocast():
             layout = encoder_batch(batch, setting.c, env.tokenizer.sum).to(env.device)
-            alpha = summarize(encoder, layout, env.tokenizer.n_ordinary)  # (B, N, n_ordinary)
+            hidden = summary_states(encoder, layout)                      # (B, N, C)
+            alpha, z = latents_of(encoder, hidden, llm.wte.weight, env.tokenizer.n_ordinary, top_k)
         rows = torch.from_numpy(batch.rows)[:, None]                      # (B, 1)
-        store(latents, rows, torch.arange(alpha.size(1)), alpha, llm.wte.weight, top_k)
+        store(latents, rows, torch.arange(alpha.size(1)), alpha, z)
     return latents
 
 
@@ -148,7 +149,7 @@ def decode_along_path(setting, llm, path, top_k=0):
     path int64 (R, chunks, c), padded with -1.
     Returns what `decode.evaluate` does.
     """
-    def on_latent(batch, step, q, active):
+    def on_latent(batch, step, q, z, active):
         if step >= path.size(1):
             return q
         chunk = path[torch.from_numpy(batch.rows), step].to(q.device)           # (B, c)

@@ -1,10 +1,10 @@
-"""The built-in task: grade-school word problems of six or seven steps, made by a seeded generator.
+"""The built-in task: grade-school word problems of seven or eight steps, made by a seeded generator.
 
     python toy.py            # print three problems
 
     Mia has 5 books and loses 1. Eva has 10 books and wins 2. Tom has 3 books and loses 1. They pool
-    their books, drop 3 and halve them. How many books do they have?
-    <<5-1=4>> <<10+2=12>> <<3-1=2>> <<4+12+2=18>> <<18-3=15>> …
+    their books, drop 2, halve them and find 4. How many books do they have?
+    <<5-1=4>> <<10+2=12>> <<3-1=2>> <<4+12+2=18>> <<18-2=16>> <<16/2=8>> <<8+4=12>>
 
 The first three steps are free: they can be taken in any order. Then they meet in one sum, whose
 terms stand in the order in which they were computed, and a chain of dependent steps follows. So a
@@ -19,7 +19,7 @@ THINGS = "apples beads books cards coins eggs pens shells".split()
 GAIN = ["buy", "find", "get", "win"]
 LOSS = ["drop", "lose", "sell", "use"]
 TOP = 20        # no value is larger: arithmetic is a small table, and the steps are what is hard
-LINKS = (2, 3)  # the fewest and the most dependent steps after the sum
+LINKS = (3, 4)  # the fewest and the most dependent steps after the sum
 AS_TOLD = 0.8
 
 

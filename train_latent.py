@@ -15,14 +15,17 @@ import torch
 import common
 from data import splits
 from decode import evaluate
-from encoder import insert_latents, latent_batch, superpose_sparse
-from losses import gumbel_noise, gumbel_perturb, latent_kl, weighted_nll
+from encoder import fed_hidden, insert_latents, latent_batch, superpose_sparse
+from losses import gumbel_noise, gumbel_perturb, latent_kl, latent_mse, weighted_nll
+from model import GPTConfig
 
 
 def add_flags(p):
-    p.add_argument_group("ablations").add_argument(
-        "--noise", type=float, help="scale of the Gumbel noise (default: 1, as in the paper; on "
-        "the toy task 0.25; 0 = off)")
+    add = p.add_argument_group("ablations").add_argument
+    add("--noise", type=float, help="scale of the Gumbel noise (default: 1, as in the paper; on "
+        "the toy task 0.1; 0 = off)")
+    add("--start", choices=["sup", "sft"], default="sup", help="the LLM to start from: that of "
+        "phase 1 (default), or the explicit model, which has never read a latent")
 
 
 # ----------------------------------------------------------------------------------------- the idea
@@ -43,16 +46,30 @@ def latent_loss(llm, seq, values, ids, noise):
     return exp, latent_kl(p, ids, logits[:, :N], seq.n)
 
 
+def hidden_loss(llm, seq, values, ids, noise):
+    """Ablation, of train_sup.py --latents hidden: (L_exp, the regression loss of the latents).
+
+    values float32 (B, N, C): the encoder's hidden states, input and target; no ids and no noise.
+    """
+    N = seq.summary_index.size(1)
+    z = fed_hidden(values, llm.wte.weight)                                     # (B, N, C)
+    x = insert_latents(llm.wte(seq.ids), z, seq.latent)                        # (B, T, C)
+    index = torch.cat([seq.summary_index, seq.predict_index], 1)               # (B, N + P)
+    hidden = llm(x, seq.pos, index=index)                                      # (B, N + P, C)
+    exp = weighted_nll(llm.head(hidden[:, N:]), seq.target, seq.loss_weight)
+    return exp, latent_mse(hidden[:, :N], values, seq.n)
+
+
 # ----------------------------------------------------------------------------------------- the loop
 
 def train_latent(llm, store, train, val, args, env):
     """Minimise L_auto = L_exp + L_lat; the score is the accuracy of latent decoding on `val`."""
     c = args.chunk_size
     caps = train.caps(c)
-    forward = common.compiled(latent_loss, args)
+    forward = common.compiled(hidden_loss if llm.config.hidden_latents else latent_loss, args)
     optimizer, parameters = common.adamw({llm: args.lr}, env.device)
     run = common.Run("latent", args, env, {"llm": llm}, optimizer, train, args.steps,
-                     depends=("chunk_size", "noise", "encoder", "store_top_k"))
+                     depends=("chunk_size", "noise", "start", "encoder", "store_top_k"))
     for step in run:
         batch = train.train_batch(step, args.batch_size, args.seed, env.rank, env.world)
         seq = latent_batch(batch, c).to(env.device)
@@ -91,7 +108,9 @@ def main(argv=None):
     store = common.Store(args.out / "latents", **expected)
     caps = list(train.caps(args.chunk_size))
     env.config.update(encoder=encoder, store_top_k=store.top_k, caps=caps)
-    llm = common.build(env.parent, "llm", env.device)
+    start = env.parent if args.start == "sup" else common.load_checkpoint(args.out / "sft.pt")
+    llm = common.build(start, "llm", env.device)
+    llm.config = GPTConfig(**env.parent["config"]["model"])
     train_latent(llm, store, train, val, args, env)
 
 

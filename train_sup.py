@@ -16,6 +16,7 @@ the encoder is through z. Next: python compress.py
 """
 import copy
 import pickle
+from dataclasses import replace
 from http.client import HTTPException
 from pathlib import Path
 
@@ -25,7 +26,8 @@ import common
 from data import UserError, load, splits
 from decode import evaluate
 from encoder import (chunk_bags, draw_chunk, encoder_batch, explicit_batch, insert_latents,
-                     llm_batch, local_supervision_mask, summarize, superpose, supervision_mask)
+                     latents_of, llm_batch, local_supervision_mask, open_supervision_mask,
+                     summarize, summary_states, supervision_mask)
 from losses import bag_kl, weighted_nll
 from model import GPT, GPT2, GPTConfig
 
@@ -45,8 +47,14 @@ def add_flags(p):
         "loss alone")
     add("--follow", type=float, default=1.0, help="weight of the text that is followed to the end "
         "behind one z of each problem (default: 1; 0 = the paper's ℓ_sup alone)")
-    add("--local", action="store_true", help="a chunk sees only the z before it and itself, as in "
-        "the authors' code")
+    add("--encoder-first", type=int, default=0, metavar="N", help="the LLM is frozen in the first N "
+        "updates after those, as in the authors' code (default: 0)")
+    add("--ltim", choices=["on", "off"], default="on", help="off: a summary token sees the earlier "
+        "ones")
+    add("--ltsum", choices=["on", "local", "off"], default="on", help="what a chunk sees. local: the "
+        "z before it and itself, as in the authors' code; off: all text before it as well")
+    add("--latents", choices=["superposition", "hidden"], default="superposition", help="hidden: z "
+        "is the encoder's last hidden state, and phase 3 learns it by regression")
 
 
 # ---------------------------------------------------------------------------------------- the ideas
@@ -63,20 +71,23 @@ def bag_loss(encoder, enc, bag, n_ordinary):
     return bag_kl(alpha, bag, enc.n)
 
 
-def sup_loss(encoder, llm, enc, seq, bag, n_ordinary, top_k=0, local=False):
+LTSUM = {  # --ltsum: the LLM's mask of a layout, bool (B, T, T)
+    "on": lambda seq: supervision_mask(seq.segment),
+    "local": lambda seq: local_supervision_mask(seq.segment, seq.latent),
+    "off": lambda seq: open_supervision_mask(seq.segment, seq.latent),
+}
+
+
+def sup_loss(encoder, llm, enc, seq, bag, n_ordinary, top_k=0, ltsum="on"):
     """Phase 1: (ℓ_sup, the bag-of-tokens KL).
 
     One pass of the encoder computes all summaries of the layout `enc`, one pass of the LLM all
     continuations of the layout `seq`. bag int64 (B, N, c): the chunks, as losses.bag_kl takes them.
     """
-    alpha = summarize(encoder, enc, n_ordinary)                                # (B, N, n_ordinary)
-    z = superpose(alpha, llm.wte.weight, top_k)                                # (B, N, C)
+    states = summary_states(encoder, enc)                                      # (B, N, C)
+    alpha, z = latents_of(encoder, states, llm.wte.weight, n_ordinary, top_k)
     x = insert_latents(llm.wte(seq.ids), z, seq.latent)                        # (B, T, C)
-    if local:
-        mask = local_supervision_mask(seq.segment, seq.latent)                 # (B, T, T)
-    else:
-        mask = supervision_mask(seq.segment)                                   # (B, T, T)
-    hidden = llm(x, seq.pos, mask, index=seq.predict_index)                    # (B, P, C)
+    hidden = llm(x, seq.pos, LTSUM[ltsum](seq), index=seq.predict_index)       # (B, P, C)
     sup = weighted_nll(llm.head(hidden), seq.target, seq.loss_weight)
     return sup, bag_kl(alpha, bag, enc.n)
 
@@ -113,11 +124,11 @@ def train_superposition(encoder, llm, train, val, args, env):
     caps = train.caps(c)
     forward_bag = common.compiled(bag_loss, args)
     forward = common.compiled(sup_loss, args)
-    optimizer, parameters = common.adamw({encoder: args.lr, llm: args.llm_lr}, env.device)
+    optimizer, parameters = common.adamw({encoder: args.lr, llm: args.lr}, env.device)
     bag_steps = args.bag_steps if args.bag else 0
     models = {"encoder": encoder, "llm": llm}
     run = common.Run("sup", args, env, models, optimizer, train, steps, depends=(
-        "chunk_size", "top_k", "llm_lr", "bag", "bag_steps", "follow", "local"))
+        "chunk_size", "top_k", "bag", "bag_steps", "encoder_first", "follow", "ltsum"))
     for step in run:
         batch = train.train_batch(step, args.batch_size, args.seed, env.rank, env.world)
         enc = encoder_batch(batch, c, tokenizer.sum).to(env.device)
@@ -132,7 +143,7 @@ def train_superposition(encoder, llm, train, val, args, env):
                 followed = draw_chunk(batch, c, args.seed, step, env.rank, env.world, NONE)  # (B,)
                 seq = llm_batch(batch, c, followed, args.follow).to(env.device)
                 sup, kl = forward(encoder, llm, enc, seq, bag, tokenizer.n_ordinary, args.top_k,
-                                  args.local)
+                                  args.ltsum)
         bag_weight = args.bag * (1 - 0.5 * step / steps)
         loss = sup + bag_weight * kl
         loss.backward()
@@ -140,6 +151,9 @@ def train_superposition(encoder, llm, train, val, args, env):
         norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         for group in optimizer.param_groups:
             group["lr"] = group["peak_lr"] * rate
+        if step < bag_steps + args.encoder_first:
+            for group in optimizer.param_groups[2:]:  # the LLM's
+                group["lr"] = 0.0
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         run.log(loss=loss, sup=sup, bag=kl, norm=norm)
@@ -204,6 +218,8 @@ def main(argv=None):
         train_baselines(llm, train, val, args, env)
         return
     llm = train_explicit("sft", llm, train, val, args.sft_steps, args, env)
+    llm.config = replace(llm.config, ltim=args.ltim == "on",
+                         hidden_latents=args.latents == "hidden")
     encoder = copy.deepcopy(llm)
     train_superposition(encoder, llm, train, val, args, env)
 

@@ -124,7 +124,6 @@ def test_a_byte_order_mark_crlf_and_blank_lines_are_nothing(tmp_path, content):
     (["--bag-steps", -1], "--bag-steps -1"),
     (["--as-told", 2], "--as-told 2"),
     (["--renumber", 3], "--renumber"),
-    (["--llm-lr", "nan"], "--llm-lr nan"),
     (["--seed", -1], "--seed -1"),
     (["--top-k", -1], "--top-k -1"),
     (["--lr", "nan"], "--lr nan"),

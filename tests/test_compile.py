@@ -76,9 +76,10 @@ def run(phase, problems, tokenizer, out):
     config = GPTConfig(VOCAB.n_vocab, 64, n_layer=2, n_head=2, n_embd=16)
     llm, encoder = GPT(config), GPT(config)
     args = SimpleNamespace(
-        out=out, lr=1e-3, llm_lr=1e-3, resume=False, overwrite=False, compile=True, seed=0,
+        out=out, lr=1e-3, resume=False, overwrite=False, compile=True, seed=0,
         batch_size=BATCH, eval_every=10, steps=STEPS, chunk_size=C, top_k=0, bag=1.0,
-        bag_steps=BAG_STEPS, follow=1.0, local=False, noise=1.0)
+        bag_steps=BAG_STEPS, encoder_first=0, follow=1.0, ltsum="on",
+            noise=1.0, start="sup")
     env = SimpleNamespace(
         device=torch.device("cpu"), rank=0, world=1, config={}, tokenizer=tokenizer,
         autocast=lambda: torch.autocast("cpu", enabled=False))

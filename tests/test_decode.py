@@ -145,11 +145,11 @@ def test_a_q_that_is_returned_is_fed_in_place_of_the_models_own():
     llm, x, pos, length = speaker(3)
     own = decode(llm, VOCAB, x, pos, length, latent=2, max_latents=6)
     same = decode(llm, VOCAB, x, pos, length, latent=2, max_latents=6,
-                  on_latent=lambda step, q, rows: q)
+                  on_latent=lambda step, q, z, rows: q)
     assert same.tokens == own.tokens
     one_hot = torch.eye(VOCAB.n_ordinary)[5].expand(len(x), -1)
     forced = decode(llm, VOCAB, x, pos, length, latent=2, max_latents=1,
-                    on_latent=lambda step, q, rows: one_hot)
+                    on_latent=lambda step, q, z, rows: one_hot)
     for b in (forced.latents == 1).nonzero()[:, 0].tolist():
         prompt = torch.cat([x[b, :length[b]], embed(llm, [5, VOCAB.eot])])
         at = positions(int(length[b]), 1, 2, 1)
@@ -163,9 +163,10 @@ def test_latent_steps_can_be_watched():
     seen = torch.zeros(8, dtype=torch.int64)
     steps = []
 
-    def on_latent(step, q, rows):
+    def on_latent(step, q, z, rows):
         assert step == len(steps) and q.shape == (8, VOCAB.n_ordinary)
         torch.testing.assert_close(q.sum(1), torch.ones(8))
+        torch.testing.assert_close(z, superpose(q, llm.wte.weight.float()))
         steps.append(step)
         seen.add_(rows)
 

@@ -336,7 +336,7 @@ def test_masks_as_they_are_drawn():
         ■ ■ · · ■ ■ · ·
         ■ ■ · · ■ · ■ ·
         ■ ■ · · ■ · ■ ■"""))
-    # --local: a chunk sees its z and itself; z and the answer see what they always see
+    # --ltsum local: a chunk sees its z and itself; z and the answer see what they always see
     assert torch.equal(local_supervision_mask(segment, latent)[0], mask("""
         ■ · · · · · · ·
         ■ ■ · · · · · ·

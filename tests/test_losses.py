@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-import train_sup
+import encoder as encoding
 from conftest import VOCAB, close, random_batch, rows, tiny
 from encoder import (chunk_bags, encoder_batch, explicit_batch, latent_batch, llm_batch, summarize,
                      superpose)
@@ -81,7 +81,7 @@ def test_a_followed_text_adds_its_mean(follow):
 
 
 def test_sup_loss_under_the_local_mask():
-    """Under --local a chunk sees its z and itself: in a model of one layer nothing else reaches it.
+    """Under --ltsum local a chunk sees its z and itself: in a model of one layer nothing else reaches it.
 
     z itself, which predicts the chunk's first token, sees X and every z before it, as does Ans.
     """
@@ -91,7 +91,7 @@ def test_sup_loss_under_the_local_mask():
     enc = encoder_batch(batch, 2, VOCAB.sum)
     seq = llm_batch(batch, 2)
     inputs = enc, seq, chunk_bags(batch, 2), VOCAB.n_ordinary
-    local, kl = sup_loss(encoder, llm, *inputs, local=True)
+    local, kl = sup_loss(encoder, llm, *inputs, ltsum="local")
     full, same = sup_loss(encoder, llm, *inputs)
     assert torch.equal(kl, same)
     X, S, answer = next(rows(batch, 2))
@@ -139,7 +139,7 @@ def sup_gradients():
 def test_the_loss_reaches_the_encoder_through_z_alone(monkeypatch):
     encoder, llm = sup_gradients()
     assert all(grad is not None and grad.abs().max() > 0 for grad in encoder + llm)
-    monkeypatch.setattr(train_sup, "superpose", lambda *args: superpose(*args).detach())
+    monkeypatch.setattr(encoding, "superpose", lambda *args: superpose(*args).detach())
     encoder, llm = sup_gradients()
     assert all(grad is None for grad in encoder)
     assert all(grad is not None for grad in llm)

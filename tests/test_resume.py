@@ -211,10 +211,10 @@ def test_a_stopped_run_remembers_its_best_score(tmp_path, monkeypatch):
     (["--bag", "0.5"], "bag = 0.5, here it is 1.0"),
     (["--bag-steps", "2"], "bag_steps = 2, here it is 1"),
     (["--follow", "0"], "follow = 0.0, here it is 1.0"),
-    (["--llm-lr", "0.1"], "llm_lr = 0.1, here it is "),
-    (["--local"], "local = True, here it is False"),
+    (["--encoder-first", "1"], "encoder_first = 1, here it is 0"),
+    (["--ltsum", "off"], "ltsum = off, here it is on"),
     (["--top-k", "5"], "top_k = 5, here it is 0"),
-], ids=["bag", "bag-steps", "follow", "llm-lr", "local", "top-k"])
+], ids=["bag", "bag-steps", "follow", "encoder-first", "ltsum", "top-k"])
 def test_a_loop_checks_only_what_made_it(tmp_path, monkeypatch, flags, says):
     """Flags of ℓ_sup may change while only SFT is done, and not once ℓ_sup has begun."""
     command = [*TINY, "--out", str(tmp_path), "--resume"]

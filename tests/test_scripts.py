@@ -81,7 +81,7 @@ def pipeline(call, *sup, latent=()):
 
 @pytest.mark.parametrize("flags, latent, K", [
     (["--chunk-size", 4], [], 50),
-    (["--chunk-size", 1, "--local", "--bag", 0, "--follow", 0], ["--noise", 0], 50),
+    (["--chunk-size", 1, "--ltsum", "local", "--bag", 0, "--follow", 0], ["--noise", 0], 50),
     (["--top-k", 5], [], 5),
     (["--sft-steps", 0], [], 50),
     (["--dtype", "bfloat16"], ["--dtype", "bfloat16"], 50),
