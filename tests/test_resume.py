@@ -106,7 +106,7 @@ def test_a_killed_run_ends_as_one_that_never_was(tmp_path, monkeypatch, method, 
 
 def press_once(monkeypatch, pressed):
     """Ctrl-C, the signal itself, after each loop's first update and in compress's first batch."""
-    original_log, original_summarize = common.Run.log, compress.summarize
+    original_log, original_states = common.Run.log, compress.summary_states
 
     def press(name):
         if name not in pressed:
@@ -118,12 +118,12 @@ def press_once(monkeypatch, pressed):
         if run.step == 1:
             press(run.name)
 
-    def pressed_summarize(*args):
+    def pressed_states(*args):
         press("compress")
-        return original_summarize(*args)
+        return original_states(*args)
 
     monkeypatch.setattr(common.Run, "log", pressed_log)
-    monkeypatch.setattr(compress, "summarize", pressed_summarize)
+    monkeypatch.setattr(compress, "summary_states", pressed_states)
 
 
 def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path, monkeypatch):
