@@ -101,6 +101,7 @@ def train_explicit(name, llm, train, val, steps, mixed, args, env):
     """
     c = args.chunk_size
     caps = train.caps(c)
+    train.make_buckets(chain_slots=1)
     forward = common.compiled(explicit_loss, args)
     optimizer, parameters = common.adamw({llm: args.lr}, env.device)
     run = common.Run(name, args, env, {"llm": llm}, optimizer, train, steps,
@@ -129,6 +130,8 @@ def train_superposition(encoder, llm, train, val, args, env):
     """The bags, then ℓ_sup, for which encoder and LLM learn together."""
     c, tokenizer, steps = args.chunk_size, env.tokenizer, args.steps
     caps = train.caps(c)
+    # with its latents: 1 + 1/c in the encoder's sequence, and about 2 + 1/c in the LLM's
+    train.make_buckets(chain_slots=1.5 + 1 / c)
     forward_bag = common.compiled(bag_loss, args)
     forward = common.compiled(sup_loss, args)
     optimizer, parameters = common.adamw({encoder: args.lr, llm: args.llm_lr}, env.device)

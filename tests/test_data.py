@@ -16,7 +16,7 @@ import data
 import toy
 from conftest import ROOT
 from data import TOY_SIZE, Problems, UserError, load, numbers, split_of, to_number
-from encoder import (chunk_bags, draw_chunk, encoder_batch, explicit_batch, latent_batch,
+from encoder import (Layout, chunk_bags, draw_chunk, encoder_batch, explicit_batch, latent_batch,
                      llm_batch)
 
 SAMPLE = ROOT / "tests" / "sample.jsonl"
@@ -369,17 +369,28 @@ def problems(toy_tokenizer, toy_problems):
     return Problems(short, toy_tokenizer, block_size=96)
 
 
-def test_every_problem_once_an_epoch(problems):
-    size = 8
-    epochs = []
-    for epoch in range(2):  # three buckets of 34, 34 and 33 problems: five batches each
-        steps = range(epoch * 15, epoch * 15 + 15)
+@pytest.mark.parametrize("size", [8, 40, 150])
+def test_every_problem_once_an_epoch(problems, size):
+    """Of 101 problems a few come twice where the last batch is filled up, other ones each epoch."""
+    epochs, batches = [], -(-101 // size)
+    for epoch in range(2):
+        steps = range(epoch * batches, (epoch + 1) * batches)
         rows = np.concatenate([problems.train_batch(step, size, seed=0).rows for step in steps])
         count = np.bincount(rows, minlength=len(problems))
-        assert count.min() == 1 and count.sum() == 15 * size
-        assert count.max() <= 2  # the last batches are filled up
-        epochs.append(rows.tolist())
-    assert epochs[0] != epochs[1]
+        assert count.min() == 1 and count.sum() == batches * size
+        assert count.max() <= 2
+        epochs.append((rows.tolist(), np.flatnonzero(count == 2).tolist()))
+    assert epochs[0][0] != epochs[1][0] and epochs[0][1] != epochs[1][1]
+
+
+def test_no_length_is_drawn_more_often(problems):
+    """Over many epochs that are not full, short and long problems come equally often."""
+    rows = [problems.train_batch(step, 8, seed=0).rows for step in range(13 * 100)]
+    count = np.bincount(np.concatenate(rows))  # of each problem: 100, and 3 in 101 for each epoch
+    for bucket in range(problems.bucket.max() + 1):
+        of_bucket = count[problems.bucket == bucket]
+        expected = 104 / 101 * 100
+        assert abs(of_bucket.mean() - expected) < 3 * (3 / len(of_bucket)) ** 0.5
 
 
 def test_a_batch_is_a_function_of_seed_and_step(problems, toy_tokenizer):
@@ -389,7 +400,8 @@ def test_a_batch_is_a_function_of_seed_and_step(problems, toy_tokenizer):
         a = problems.train_batch(step, 8, seed)
         b = fresh.train_batch(step, 8, seed)
         assert a.rows.tolist() == b.rows.tolist()
-        fresh.epoch = None
+        fresh.make_buckets(2.5)
+        fresh.make_buckets(1)
     other_seed = problems.train_batch(3, 8, 1)
     assert problems.train_batch(3, 8, 0).rows.tolist() != other_seed.rows.tolist()
 
@@ -402,16 +414,61 @@ def test_ranks_share_one_global_batch(problems):
     assert all(encoder_batch(part, 2, 0).ids.shape[1] == width for part in parts)
 
 
-def test_few_fixed_widths(problems, toy_tokenizer):
-    batches = [problems.train_batch(step, 8, 0) for step in range(45)]
-    for lay_out in (explicit_batch,
-                    lambda batch: encoder_batch(batch, 2, toy_tokenizer.sum),
-                    lambda batch: llm_batch(batch, 2),
-                    lambda batch: llm_batch(batch, 2, draw_chunk(batch, 2, 0, batch.rows[0])),
-                    lambda batch: latent_batch(batch, 2),
-                    lambda batch: [chunk_bags(batch, 2)]):
-        shapes = {tuple(tensor.shape for tensor in lay_out(batch)) for batch in batches}
-        assert len(shapes) <= len(problems.buckets)
+LOOPS = {  # the slots that a token of the chain takes at c = 2, and a loop's layouts of a batch
+    "warm-up": (1, lambda batch, n: [
+        explicit_batch(batch, 2, 1 + draw_chunk(batch, 2, 0, n, none=0.5)), chunk_bags(batch, 2)]),
+    "phase 1": (2, lambda batch, n: [
+        encoder_batch(batch, 2, 0), llm_batch(batch, 2, draw_chunk(batch, 2, 0, n, none=0.25))]),
+    "phase 3": (0.5, lambda batch, n: [latent_batch(batch, 2)]),
+}
+
+
+@pytest.fixture(scope="module")
+def uneven(toy_tokenizer):
+    """Lengths that are spread as GSM8K's are: many middling ones, and a few long."""
+    rng = np.random.default_rng(0)
+    x, s = np.exp(rng.normal([[3.9], [3.1]], [[0.4], [0.5]], (2, 400))).astype(int)
+    rows = [dict(question="1 " * (i // 2), chain="1 " * (j // 2), answer="1") for i, j in zip(x, s)]
+    return Problems(rows, toy_tokenizer, block_size=512)
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+def test_few_widths_and_little_padding(uneven, loop):
+    chain_slots, lay_out = LOOPS[loop]
+    uneven.make_buckets(chain_slots)
+    shapes, slots, real = set(), 0, 0
+    for step in range(75):  # three epochs
+        tensors = lay_out(uneven.train_batch(step, 16, 0), step)
+        shapes.add(tuple(t.shape for layout in tensors for t in layout))
+        for layout in tensors:
+            if isinstance(layout, Layout):
+                slots += layout.pos.numel()
+                real += len(layout.pos) + int((layout.pos > 0).sum())  # a row's first one is at 0
+    assert len(shapes) <= data.WIDTHS == 7
+    assert real > 0.75 * slots
+
+
+def test_widths_are_chosen_where_they_save_most():
+    assert data.choose_widths(np.array([86, 95] * 9)) == [88, 96]
+    assert data.choose_widths(np.array([5.5])) == [8]
+    length = np.array([8] * 50 + [16] * 3 + [64, 72, 80, 88, 96] * 9 + [200, 208])
+    widths = data.choose_widths(length)
+    assert len(widths) == 7 and widths[-1] == 208 and {8, 96} <= set(widths)
+    assert 200 not in widths  # for one problem more or less it is not worth while
+
+
+def test_a_few_long_problems_are_padded_for_and_fit(toy_tokenizer):
+    """A batch that joins two buckets has room for both, and the shape of the longer one's."""
+    sizes = [(2, 30)] * 13 + [(60, 1)] * 5 + [(90, 2)]
+    rows = [dict(question="1 " * x, chain="1 " * s, answer="1") for x, s in sizes]
+    few = Problems(rows, toy_tokenizer, 512)
+    shapes = {}
+    for step in range(30):
+        batch = few.train_batch(step, 4, 0)
+        seq = encoder_batch(batch, 2, 0)
+        assert (seq.n.numpy() == [-(-len(p.chain) // 2) for p in batch.problems]).all()
+        shapes.setdefault(few.bucket[batch.rows].max(), set()).add((seq.ids.shape, seq[7].shape))
+    assert len(shapes) > 1 and all(len(found) == 1 for found in shapes.values())
 
 
 def test_a_batch_holds_the_problems_it_names(problems, toy_tokenizer):
