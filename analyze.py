@@ -250,7 +250,7 @@ def load_baselines(args, env):
             print(f"left out: there is no {path}{hint}")
             continue
         checkpoints[file] = common.load_checkpoint(path)
-        fields = ("data", "cot", "renumber", "as_told", "seed")
+        fields = ("data", "cot", "easy", "renumber", "as_told", "seed")
         same = {field: env.config[field] for field in fields}
         common.require_same(path, checkpoints[file]["config"], **same)
     return checkpoints
@@ -332,9 +332,10 @@ def rounded(report):
 
 def add_flags(p):
     add = p.add_argument_group("analysis").add_argument
-    add("--split", choices=["test", "val", "renumbered"], default="test", help="test (default); "
-        "val: held-out training problems; renumbered: the training problems with numbers that "
-        "training never had (GSM8K)")
+    add("--split", choices=["test", "easy", "val", "renumbered"], default="test",
+        help="test (default); easy: those test problems that train_sup.py --easy would take; val: "
+        "held-out training problems; renumbered: the training problems with numbers that training "
+        "never had (GSM8K)")
     add("--limit", type=int, help="how many problems (default: all)")
     add("--ask", metavar="QUESTION", help="answer this question in latents and show each of them")
     p.set_defaults(batch_size=128)

@@ -27,7 +27,8 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 import toy
-from data import Tokenizer, UserError, load, vocabulary_texts
+from data import (EASY_LENGTH, EASY_NUMBER, EASY_STEPS, Tokenizer, UserError, load,
+                  vocabulary_texts)
 from model import GPT, GPT2, GPTConfig
 
 # ------------------------------------------------------------------------------- defaults and flags
@@ -48,7 +49,8 @@ PRESETS = {  # the defaults that depend on --data; "gsm8k" serves everything but
 }
 SHAPE = ("n_layer", "n_head", "n_embd", "block_size")
 # what a later phase takes over from phase 1, and may not contradict
-INHERITED = ("data", "data_dir", "cot", "renumber", "as_told", "seed", "chunk_size", *SHAPE)
+INHERITED = ("data", "data_dir", "cot", "easy", "renumber", "as_told", "seed", "chunk_size",
+             *SHAPE)
 
 
 def parser(doc, phase):
@@ -72,6 +74,9 @@ def add_data_flags(group, phase):
     if phase == "sup":
         add("--cot", choices=["steps", "text"], help="chain of thought: the calculator steps "
             "(default) or the whole solution")
+        add("--easy", type=int, metavar="COUNT", help="GSM8K: train on so many easy problems "
+            f"alone, of at most {EASY_STEPS} steps, {EASY_LENGTH} characters and whole numbers up "
+            f"to {EASY_NUMBER} (default: 0 = all problems)")
         add("--renumber", type=int, metavar="COPIES", help="GSM8K: so many copies of each training "
             "problem with other numbers (default: 0)")
         add("--as-told", type=float, help="toy task: share of the chains that take the free steps "
@@ -183,7 +188,7 @@ def fill_in_defaults(args, phase, parent):
         raise UserError(f"--init {args.init} has a shape of its own; leave out --n-layer, "
                         "--n-head, --n-embd and --block-size")
     data = args.data or inherited.get("data", "toy")
-    defaults = {"data": data, "data_dir": None, "cot": "steps", "renumber": 0,
+    defaults = {"data": data, "data_dir": None, "cot": "steps", "easy": 0, "renumber": 0,
                 "as_told": toy.AS_TOLD, "seed": 0}
     for field, value in PRESETS["toy" if data == "toy" else "gsm8k"].items():
         defaults[field] = value.get(phase) if isinstance(value, dict) else value
@@ -203,7 +208,10 @@ def fill_in_defaults(args, phase, parent):
 
 
 def check_ranges(args):
-    may_be_zero = ("steps", "sft_steps", "bag_steps", "baseline_steps", "top_k", "renumber", "seed")
+    may_be_zero = ("steps", "sft_steps", "bag_steps", "baseline_steps", "top_k", "easy", "renumber",
+                   "seed")
+    if args.easy and args.data == "toy":
+        raise UserError("--easy: the toy task has no problems that are easier; leave it out")
     if args.renumber and args.data == "toy":
         raise UserError("--renumber: the toy task draws new problems already; leave it out")
     for field in ("as_told", "mixed"):
@@ -274,7 +282,7 @@ def choose_tokenizer(args, parent):
         used = load_checkpoint(Path(args.init))["config"]["tokenizer"]
     if used == "gpt2" or used is None and args.init in GPT2:
         return Tokenizer("gpt2")
-    train = load(args.data, "train", args.data_dir, args.cot, args.seed)
+    train = load(args.data, "train", args.data_dir, args.cot, args.seed, easy=args.easy)
     tokenizer = Tokenizer("gpt2", vocabulary_texts(train))
     if used is not None:
         require_same(args.out / "sup.pt" if parent else args.init, {"tokenizer": used},
@@ -528,7 +536,7 @@ class Run:
                <name>.jsonl
     """
 
-    DEPENDS = ("data", "tokenizer", "cot", "renumber", "as_told", "seed",
+    DEPENDS = ("data", "tokenizer", "cot", "easy", "renumber", "as_told", "seed",
                "batch_size", "lr", "model", "fingerprint")
 
     def __init__(self, name, args, env, models, optimizer, problems, steps, depends=()):

@@ -24,7 +24,7 @@ import numpy as np
 import tiktoken
 
 import toy
-from renumber import renumbered, templates
+from renumber import parse, renumbered, templates
 
 GSM8K_URL = ("https://raw.githubusercontent.com/openai/grade-school-math/master/"
              "grade_school_math/data/")
@@ -38,6 +38,7 @@ TOY_SIZE = {"train": 16000, "val": 256, "test": 1000}
 MAX_PROBLEMS = {"val": 1000}  # validation decodes its problems again and again
 UNSEEN = 10 ** 6              # the renumbered copy that no training has
 MAX_LINE = 100_000            # characters in a line of a data file
+EASY_STEPS, EASY_LENGTH, EASY_NUMBER = 4, 220, 60  # at most: see is_easy
 WIDTHS = 7                    # different widths of a loop's batches at most
 
 
@@ -160,13 +161,31 @@ def split_of(question):
     return {0: "val", 1: "test"}.get(bucket, "train")
 
 
-def load(name, split, data_dir=None, cot="steps", seed=0, as_told=toy.AS_TOLD):
+def is_easy(problem):
+    """Whether --easy takes a problem: few steps, a short question, small whole numbers in it.
+
+    And all of its numbers are certain, so that --renumber can change some of them.
+    """
+    said = numbers(problem["question"])
+    if problem["chain"].count("<<") > EASY_STEPS or len(problem["question"]) > EASY_LENGTH:
+        return False
+    if not all(n is not None and 0 <= n <= EASY_NUMBER and n % 1 == 0 for n in said):
+        return False
+    try:
+        parse(problem)
+        return True
+    except ValueError:
+        return False
+
+
+def load(name, split, data_dir=None, cot="steps", seed=0, as_told=toy.AS_TOLD, easy=0):
     """A list of {question, chain, answer[, paths]}, all str, for split 'train', 'val' or 'test'.
 
     name   toy | gsm8k | gsm8k-aug | a .jsonl file in GSM8K's form | a folder with train.jsonl and
            test.jsonl
     cot    'steps': the calculator annotations in order, '<<48/2=24>> <<48+24=72>>'; 'text': the
            whole solution
+    easy   > 0: 'train' is the first so many easy problems, 'val' its easy ones; 'test' is whole
     'val', and where there is one file only 'test', are cut out of it by `split_of`: 5 % each.
     Raises UserError naming the file, the line and what was expected there.
     """
@@ -188,6 +207,12 @@ def load(name, split, data_dir=None, cot="steps", seed=0, as_told=toy.AS_TOLD):
         raise UserError(f"--data {name}: not toy, gsm8k or gsm8k-aug, and no such file or folder")
     rows = read(file, parse_aug if name == "gsm8k-aug" else parse_gsm8k, cot)
     rows = [row for row in rows if split_of(row["question"]) in taken]
+    if easy and split != "test":
+        rows = [row for row in rows if is_easy(row)]
+        if split == "train" and len(rows) < easy:
+            raise UserError(f"--easy {easy}: only {len(rows)} of the training problems in {file} "
+                            "are easy")
+        rows = rows[:easy] if split == "train" else rows
     if not rows:
         raise UserError(f"{file}: no problem falls to the {split} split, which here is 5 % by "
                         "hash; it takes more problems")
@@ -514,11 +539,16 @@ class Problems:
 def load_split(args, split, rank=0):
     """`load` with the flags of a script; with --renumber, "train" has so many copies more.
 
-    The split "renumbered" holds the training problems with numbers that no copy has by design.
-    args: data, data_dir, cot, seed, as_told, renumber.
+    The split "renumbered" holds the training problems with numbers that no copy has by design, and
+    "easy" the easy ones of the test split.
+    args: data, data_dir, cot, seed, as_told, easy, renumber.
     """
-    source = "train" if split == "renumbered" else split
-    rows = load(args.data, source, args.data_dir, args.cot, args.seed, args.as_told)
+    source = {"renumbered": "train", "easy": "test"}.get(split, split)
+    rows = load(args.data, source, args.data_dir, args.cot, args.seed, args.as_told, args.easy)
+    if split == "easy":
+        rows = [row for row in rows if is_easy(row)]
+        if not rows:
+            raise UserError("--split easy: none of the test problems is easy")
     if source == "train" and (args.renumber or split == "renumbered"):
         found, reasons = templates(rows)
         copies = [UNSEEN] if split == "renumbered" else range(args.renumber)

@@ -14,7 +14,7 @@ import pytest
 
 import data
 import toy
-from conftest import ROOT
+from conftest import ROOT, easy_file
 from data import TOY_SIZE, Problems, UserError, load, numbers, split_of, to_number
 from encoder import (Layout, chunk_bags, draw_chunk, encoder_batch, explicit_batch, latent_batch,
                      llm_batch)
@@ -240,7 +240,7 @@ def test_what_has_no_chain_is_said(tmp_path, capsys):
              for i in range(60)]
     (tmp_path / "train.jsonl").write_text("\n".join(lines))
     args = SimpleNamespace(data=str(tmp_path), data_dir=None, cot="steps", seed=0, as_told=0.8,
-                           renumber=0, block_size=64)
+                           easy=0, renumber=0, block_size=64)
     env = SimpleNamespace(tokenizer=data.Tokenizer("toy"), rank=0)
     train, val = data.splits(args, env)
     said = capsys.readouterr().out.split(f"{len(train)} without a chain")[0]
@@ -277,6 +277,57 @@ def test_files_that_are_not_there_or_not_text(tmp_path):
     (tmp_path / "one.jsonl").write_text(GOOD)
     with pytest.raises(UserError, match="no problem falls to the val split"):
         load(str(tmp_path / "one.jsonl"), "val")
+
+
+def easy_problem(question="Ida has 14 pens and buys 3 boxes of 6. How many has she?",
+                 chain="<<3*6=18>> <<14+18=32>>", answer="32"):
+    return {"question": question, "chain": chain, "answer": answer}
+
+
+@pytest.mark.parametrize("easy, problem", [
+    (True, easy_problem()),
+    (True, easy_problem(chain="In boxes: <<3*6=18>>18.\nSo it's <<14+18=32>>32.")),
+    (False, easy_problem(question="Ida has 14 pens and buys 3 boxes of 6." + " Why?" * 40)),
+    (False, easy_problem(question="Ida has 14 pens and buys 3 boxes of 6.50 in year 1998.")),
+    (False, easy_problem(question="Ida has 14 pens and buys 3 boxes of 61.",
+                         chain="<<3*61=183>> <<14+183=197>>", answer="197")),
+    (False, easy_problem(chain="<<3*6=18>> <<3*6=18>> <<3*6=18>> <<3*6=18>> <<14+18=32>>")),
+    (False, easy_problem(chain="<<3*7=21>> <<14+21=35>>", answer="35")),  # where from is the 7?
+    (False, easy_problem(chain="")),
+])
+def test_what_is_easy(easy, problem):
+    assert data.is_easy(problem) == easy
+
+
+def test_easy_problems_alone_are_trained_on_and_none_that_is_held_out(tmp_path):
+    name = easy_file(tmp_path)
+    whole = {split: load(name, split) for split in ("train", "val", "test")}
+    easy = {split: load(name, split, easy=9) for split in whole}
+    assert easy["train"] == [p for p in whole["train"] if data.is_easy(p)][:9]
+    assert easy["val"] == [p for p in whole["val"] if data.is_easy(p)] != whole["val"]
+    assert easy["test"] == whole["test"]
+    args = SimpleNamespace(data=name, data_dir=None, cot="steps", seed=0, as_told=0.8, easy=9,
+                           renumber=3)
+    trained = [p["question"] for p in data.load_split(args, "train")]
+    assert len(trained) == 9 * 4 and {p["question"] for p in easy["train"]} < set(trained)
+    held_out = {p["question"] for p in whole["val"] + whole["test"]}
+    assert not held_out & set(trained)
+    only = data.load_split(args, "easy")
+    assert only == [p for p in whole["test"] if data.is_easy(p)] and 0 < len(only) < len(held_out)
+
+
+def test_nothing_that_gsm8k_holds_out_is_in_its_easy_part(gsm8k):
+    """Not with other numbers either: the words of a copy are those of a training problem."""
+    def words(rows):
+        return {re.sub(r"[\d,.]+", "#", p["question"]) for p in rows}
+
+    train = load("gsm8k", "train", gsm8k, easy=600)
+    held_out = load("gsm8k", "val", gsm8k) + load("gsm8k", "test", gsm8k)
+    assert len(train) == 600 and not words(train) & words(held_out)
+    args = SimpleNamespace(data="gsm8k", data_dir=gsm8k, cot="steps", seed=0, as_told=0.8, easy=600,
+                           renumber=2)
+    trained = data.load_split(args, "train")
+    assert len(trained) == 3 * 600 and words(trained) == words(train)
 
 
 # ------------------------------------------------------------------------------------------ scoring
