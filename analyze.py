@@ -13,6 +13,7 @@ controls           accuracy, interval of {own, zeroed, shuffled, random}: the la
                    is given such a chain; donor: the share of the shuffled in which it writes the
                    answer of the problem whose chain it is; cut {problems, k, accuracy}: it is given
                    z_0 … z_{k-1} alone
+errors             {warm_up, explicit: {type: problems}}: the wrong answers: see metrics.error_type
 continuation       {problems, i, accuracy, next_chunk}: z_0 … z_{i-1} are given and the rest is
                    written as text; right answers, and problems in which S_i comes next, token for
                    token
@@ -32,6 +33,7 @@ shape              token_norm {low, mean, high}, of the ordinary tokens' embeddi
 `encoder`: what phase 1's encoder makes of the true chain; `latent`: what the latent model thinks.
 """
 import json
+from collections import Counter
 
 import numpy as np
 import torch
@@ -39,7 +41,8 @@ import torch
 import common
 from data import Problems, UserError, known_paths, splits, to_number
 from encoder import chunk_bags, count_chunks, pad, split_chunks
-from metrics import (mean, measure_ecr, parallelism, shape, span_mass, span_shares, spans, wilson)
+from metrics import (ERRORS, error_type, mean, measure_ecr, parallelism, shape, span_mass,
+                     span_shares, spans, wilson)
 from probes import (FEW, RECORDED, Setting, decode_after_latents, decode_after_prefixes,
                     decode_along_path, decode_split, record_latents, record_summaries)
 from report import FIGURES, LABELS, heaviest_tokens, page, picture, strip
@@ -65,6 +68,7 @@ def measure_ways(setting, checkpoints, encoder, top_k):
     checkpoints {file: checkpoint}; top_k {how `decode.evaluate` calls the way: entries of α in z}.
     """
     section = {figure: dict.fromkeys(WAYS) for figure in FIGURES}
+    section["errors"] = {}
     for way, (file, thought) in WAYS.items():
         if file not in checkpoints:
             continue
@@ -75,7 +79,16 @@ def measure_ways(setting, checkpoints, encoder, top_k):
               f"{found['seconds']:.1f} s")
         for figure in FIGURES:
             section[figure][way] = found[figure]
+        if way in ("warm_up", "explicit"):
+            section["errors"][way] = count_errors(setting.problems.problems, found["answers"])
     return section
+
+
+def count_errors(problems, answers):
+    """{type: how many} of the wrong ones among `answers`, {problem: (text, right, its ids)}."""
+    types = Counter(error_type(problems[row]["question"], text)
+                    for row, (text, right, _) in answers.items() if not right)
+    return {name: types[name] for name in ERRORS}
 
 
 def control_chains(z, n, tokens, E):
@@ -250,7 +263,7 @@ def load_baselines(args, env):
             print(f"left out: there is no {path}{hint}")
             continue
         checkpoints[file] = common.load_checkpoint(path)
-        fields = ("data", "cot", "renumber", "as_told", "seed")
+        fields = ("data", "cot", "easy", "renumber", "as_told", "seed")
         same = {field: env.config[field] for field in fields}
         common.require_same(path, checkpoints[file]["config"], **same)
     return checkpoints
@@ -332,9 +345,10 @@ def rounded(report):
 
 def add_flags(p):
     add = p.add_argument_group("analysis").add_argument
-    add("--split", choices=["test", "val", "renumbered"], default="test", help="test (default); "
-        "val: held-out training problems; renumbered: the training problems with numbers that "
-        "training never had (GSM8K)")
+    add("--split", choices=["test", "easy", "val", "renumbered"], default="test",
+        help="test (default); easy: those test problems that train_sup.py --easy would take; val: "
+        "held-out training problems; renumbered: the training problems with numbers that training "
+        "never had (GSM8K)")
     add("--limit", type=int, help="how many problems (default: all)")
     add("--ask", metavar="QUESTION", help="answer this question in latents and show each of them")
     p.set_defaults(batch_size=128)

@@ -27,7 +27,8 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 import toy
-from data import Tokenizer, UserError, load, vocabulary_texts
+from data import (EASY_LENGTH, EASY_NUMBER, EASY_STEPS, Tokenizer, UserError, load,
+                  vocabulary_texts)
 from model import GPT, GPT2, GPTConfig
 
 # ------------------------------------------------------------------------------- defaults and flags
@@ -37,7 +38,7 @@ PRESETS = {  # the defaults that depend on --data; "gsm8k" serves everything but
         n_layer=3, n_head=8, n_embd=128, block_size=120,
         batch_size=32, chunk_size=2, eval_every=250, noise=0.1,
         sft_steps=800, lr={"sup": 4e-3, "latent": 4e-3},
-        bag_steps=100, steps={"sup": 550, "latent": 1500},
+        bag_steps=100, steps={"sup": 650, "latent": 1500},
     ),
     "gsm8k": dict(
         n_layer=4, n_head=4, n_embd=256, block_size=384,
@@ -48,7 +49,8 @@ PRESETS = {  # the defaults that depend on --data; "gsm8k" serves everything but
 }
 SHAPE = ("n_layer", "n_head", "n_embd", "block_size")
 # what a later phase takes over from phase 1, and may not contradict
-INHERITED = ("data", "data_dir", "cot", "renumber", "as_told", "seed", "chunk_size", *SHAPE)
+INHERITED = ("data", "data_dir", "cot", "easy", "renumber", "as_told", "seed", "chunk_size",
+             *SHAPE)
 
 
 def parser(doc, phase):
@@ -72,6 +74,9 @@ def add_data_flags(group, phase):
     if phase == "sup":
         add("--cot", choices=["steps", "text"], help="chain of thought: the calculator steps "
             "(default) or the whole solution")
+        add("--easy", type=int, metavar="COUNT", help="GSM8K: train on so many easy problems "
+            f"alone, of at most {EASY_STEPS} steps, {EASY_LENGTH} characters and whole numbers up "
+            f"to {EASY_NUMBER} (default: 0 = all problems)")
         add("--renumber", type=int, metavar="COPIES", help="GSM8K: so many copies of each training "
             "problem with other numbers (default: 0)")
         add("--as-told", type=float, help="toy task: share of the chains that take the free steps "
@@ -181,7 +186,7 @@ def fill_in_defaults(args, phase, parent):
         raise UserError(f"--init {args.init} has a shape of its own; leave out --n-layer, "
                         "--n-head, --n-embd and --block-size")
     data = args.data or inherited.get("data", "toy")
-    defaults = {"data": data, "data_dir": None, "cot": "steps", "renumber": 0,
+    defaults = {"data": data, "data_dir": None, "cot": "steps", "easy": 0, "renumber": 0,
                 "as_told": toy.AS_TOLD, "seed": 0}
     for field, value in PRESETS["toy" if data == "toy" else "gsm8k"].items():
         defaults[field] = value.get(phase) if isinstance(value, dict) else value
@@ -200,7 +205,9 @@ def fill_in_defaults(args, phase, parent):
 
 def check_ranges(args):
     may_be_zero = ("steps", "sft_steps", "bag_steps", "encoder_first", "baseline_steps", "top_k",
-                   "renumber", "seed")
+                   "easy", "renumber", "seed")
+    if args.easy and args.data == "toy":
+        raise UserError("--easy: the toy task has no problems that are easier; leave it out")
     if args.renumber and args.data == "toy":
         raise UserError("--renumber: the toy task draws new problems already; leave it out")
     if getattr(args, "as_told", 0) > 1:
@@ -270,7 +277,7 @@ def choose_tokenizer(args, parent):
         used = load_checkpoint(Path(args.init))["config"]["tokenizer"]
     if used == "gpt2" or used is None and args.init in GPT2:
         return Tokenizer("gpt2")
-    train = load(args.data, "train", args.data_dir, args.cot, args.seed)
+    train = load(args.data, "train", args.data_dir, args.cot, args.seed, easy=args.easy)
     tokenizer = Tokenizer("gpt2", vocabulary_texts(train))
     if used is not None:
         require_same(args.out / "sup.pt" if parent else args.init, {"tokenizer": used},
@@ -524,7 +531,7 @@ class Run:
                <name>.jsonl
     """
 
-    DEPENDS = ("data", "tokenizer", "cot", "renumber", "as_told", "seed",
+    DEPENDS = ("data", "tokenizer", "cot", "easy", "renumber", "as_told", "seed",
                "batch_size", "lr", "model", "fingerprint")
 
     def __init__(self, name, args, env, models, optimizer, problems, steps, depends=()):

@@ -4,9 +4,8 @@ A problem is a question, a chain of thought S and an answer. As tokens:
 
     X   = question <bot>            S = chain            Ans = <eot> #### answer <|endoftext|>
 
-Everything is tokenized once. A batch is drawn from a bucket of problems of like length and padded
-as the longest of the bucket needs, so that a run meets a few fixed widths, and torch.compile
-compiles a few times.
+Everything is tokenized once. A batch holds problems of like length and is padded to one of a few
+fixed widths, so that little is computed for padding, and torch.compile compiles a few times.
 """
 import hashlib
 import http.client
@@ -25,7 +24,7 @@ import numpy as np
 import tiktoken
 
 import toy
-from renumber import renumbered, templates
+from renumber import parse, renumbered, templates
 
 GSM8K_URL = ("https://raw.githubusercontent.com/openai/grade-school-math/master/"
              "grade_school_math/data/")
@@ -39,6 +38,8 @@ TOY_SIZE = {"train": 16000, "val": 256, "test": 1000}
 MAX_PROBLEMS = {"val": 1000}  # validation decodes its problems again and again
 UNSEEN = 10 ** 6              # the renumbered copy that no training has
 MAX_LINE = 100_000            # characters in a line of a data file
+EASY_STEPS, EASY_LENGTH, EASY_NUMBER = 4, 220, 60  # at most: see is_easy
+WIDTHS = 7                    # different widths of a loop's batches at most
 
 
 class UserError(SystemExit):
@@ -160,13 +161,31 @@ def split_of(question):
     return {0: "val", 1: "test"}.get(bucket, "train")
 
 
-def load(name, split, data_dir=None, cot="steps", seed=0, as_told=toy.AS_TOLD):
+def is_easy(problem):
+    """Whether --easy takes a problem: few steps, a short question, small whole numbers in it.
+
+    And all of its numbers are certain, so that --renumber can change some of them.
+    """
+    said = numbers(problem["question"])
+    if problem["chain"].count("<<") > EASY_STEPS or len(problem["question"]) > EASY_LENGTH:
+        return False
+    if not all(n is not None and 0 <= n <= EASY_NUMBER and n % 1 == 0 for n in said):
+        return False
+    try:
+        parse(problem)
+        return True
+    except ValueError:
+        return False
+
+
+def load(name, split, data_dir=None, cot="steps", seed=0, as_told=toy.AS_TOLD, easy=0):
     """A list of {question, chain, answer[, paths]}, all str, for split 'train', 'val' or 'test'.
 
     name   toy | gsm8k | gsm8k-aug | a .jsonl file in GSM8K's form | a folder with train.jsonl and
            test.jsonl
     cot    'steps': the calculator annotations in order, '<<48/2=24>> <<48+24=72>>'; 'text': the
            whole solution
+    easy   > 0: 'train' is the first so many easy problems, 'val' its easy ones; 'test' is whole
     'val', and where there is one file only 'test', are cut out of it by `split_of`: 5 % each.
     Raises UserError naming the file, the line and what was expected there.
     """
@@ -188,6 +207,12 @@ def load(name, split, data_dir=None, cot="steps", seed=0, as_told=toy.AS_TOLD):
         raise UserError(f"--data {name}: not toy, gsm8k or gsm8k-aug, and no such file or folder")
     rows = read(file, parse_aug if name == "gsm8k-aug" else parse_gsm8k, cot)
     rows = [row for row in rows if split_of(row["question"]) in taken]
+    if easy and split != "test":
+        rows = [row for row in rows if is_easy(row)]
+        if split == "train" and len(rows) < easy:
+            raise UserError(f"--easy {easy}: only {len(rows)} of the training problems in {file} "
+                            "are easy")
+        rows = rows[:easy] if split == "train" else rows
     if not rows:
         raise UserError(f"{file}: no problem falls to the {split} split, which here is 5 % by "
                         "hash; it takes more problems")
@@ -415,18 +440,33 @@ class Batch:
 
     rows: np.ndarray  # (B,) which problems
     problems: list    # their Tokens
-    bucket: tuple     # token counts (question, chain, answer) of all the bucket's problems: arrays
+    bucket: tuple     # token counts (question, chain, answer) of all it may be made of: arrays
+
+
+def choose_widths(length):
+    """A few widths, multiples of 8: the lengths rounded up to them make little padding.
+
+    One after the other comes the width that saves the most. length (R,) -> a sorted list, of
+    WIDTHS entries at most, the last for the longest.
+    """
+    values, count = np.unique(-(-length // 8) * 8, return_counts=True)
+    widths = [values[-1]]
+    for _ in range(WIDTHS - 1):
+        more = [sorted({*widths, value}) for value in values]
+        widths = min(more, key=lambda w: count @ np.take(w, np.searchsorted(w, values)))
+    return widths
 
 
 class Problems:
     """A split, tokenized once. Problems longer than the model are dropped and counted in `dropped`.
 
-    Problems of like length share a bucket, and a batch is drawn from one bucket, so that a run sees
-    as many widths as there are buckets. Which problems make batch t is a function of (seed, t)
-    alone: to resume is to go on counting. Raises UserError where no problem is left.
+    Problems of like length share a bucket, and a batch is padded as the longest of its bucket
+    needs, so that a run sees as many widths as there are buckets. Which problems make batch t is a
+    function of (seed, t) alone: to resume is to go on counting. Raises UserError where no problem
+    is left.
     """
 
-    def __init__(self, problems, tokenizer, block_size, chunk_size=1, buckets=3, no_cot=False):
+    def __init__(self, problems, tokenizer, block_size, chunk_size=1, no_cot=False):
         t, encode = tokenizer, tokenizer.encoding.encode_ordinary
         x = [encode(p["question"]) + [t.bot] for p in problems]
         s = [[] if no_cot else encode(p["chain"]) for p in problems]
@@ -443,40 +483,47 @@ class Problems:
         self.fingerprint = hashlib.sha256(b"".join(parts)).hexdigest()[:16]
         total = self.x.length + self.s.length + self.a.length
         self.order = np.argsort(total, kind="stable")  # rows, the shortest first
-        self.buckets = [rows for rows in np.array_split(self.order, buckets) if len(rows)]
-        self.epoch = None  # the one whose batches are laid out
+        self.make_buckets(chain_slots=1)
 
     def __len__(self):
         return len(self.problems)
 
-    def batch(self, rows, bucket):
-        """The Batch of these rows; `bucket` are the rows that it is padded like."""
+    def make_buckets(self, chain_slots):
+        """Sort the problems into buckets by the length that they have in a loop's sequences.
+
+        chain_slots: how many slots a token of the chain takes there, its latent tokens included.
+        """
+        length = self.x.length + chain_slots * self.s.length + self.a.length
+        self.bucket = np.searchsorted(choose_widths(length), length)  # of each problem: 0, 1, …
+        self.epoch = None  # the one whose batches are laid out
+
+    def batch(self, rows, like):
+        """The Batch of these rows, padded as the rows `like` need."""
         tokens = [Tokens(self.x[row], self.s[row], self.a[row]) for row in rows]
-        return Batch(rows, tokens, tuple(r.length[bucket] for r in (self.x, self.s, self.a)))
+        return Batch(rows, tokens, tuple(r.length[like] for r in (self.x, self.s, self.a)))
 
     def train_batch(self, step, size, seed, rank=0, world=1):
         """Batch number `step`: every problem once an epoch, in a new order each.
 
         Of several processes rank r gets the rows r::world.
         """
-        per_epoch = sum(-(-len(bucket) // size) for bucket in self.buckets)
-        epoch, number = divmod(step, per_epoch)
+        epoch, number = divmod(step, -(-len(self) // size))
         if self.epoch != (seed, size, epoch):
             self.epoch = (seed, size, epoch)
             self.batches = self.shuffle(np.random.default_rng([seed, epoch]), size)
-        rows, bucket = self.batches[number]
-        return self.batch(rows[rank::world], bucket)
+        rows = self.batches[number]
+        # the first rows may be of a shorter bucket, but none is of a longer one than the last
+        like = np.flatnonzero(self.bucket <= self.bucket[rows[-1]])
+        return self.batch(rows[rank::world], like)
 
     def shuffle(self, rng, size):
-        """An epoch's batches as (rows, bucket), in random order.
+        """An epoch's batches in random order, each sorted by bucket: int64 (batches, size).
 
-        A bucket's last batch is filled from its start.
+        Some problems come twice, chosen at random, so that all batches are full.
         """
-        batches = []
-        for bucket in self.buckets:
-            rows = np.resize(rng.permutation(bucket), -(-len(bucket) // size) * size)
-            batches += [(some, bucket) for some in rows.reshape(-1, size)]
-        return [batches[i] for i in rng.permutation(len(batches))]
+        rows = np.resize(rng.permutation(len(self)), -(-len(self) // size) * size)
+        rows = rows[np.argsort(self.bucket[rows], kind="stable")]
+        return rng.permutation(rows.reshape(-1, size))  # (batches, size)
 
     def caps(self, c):
         """(latents, tokens) at which decoding stops: the longest chain, and some for an answer."""
@@ -493,11 +540,16 @@ class Problems:
 def load_split(args, split, rank=0):
     """`load` with the flags of a script; with --renumber, "train" has so many copies more.
 
-    The split "renumbered" holds the training problems with numbers that no copy has by design.
-    args: data, data_dir, cot, seed, as_told, renumber.
+    The split "renumbered" holds the training problems with numbers that no copy has by design, and
+    "easy" the easy ones of the test split.
+    args: data, data_dir, cot, seed, as_told, easy, renumber.
     """
-    source = "train" if split == "renumbered" else split
-    rows = load(args.data, source, args.data_dir, args.cot, args.seed, args.as_told)
+    source = {"renumbered": "train", "easy": "test"}.get(split, split)
+    rows = load(args.data, source, args.data_dir, args.cot, args.seed, args.as_told, args.easy)
+    if split == "easy":
+        rows = [row for row in rows if is_easy(row)]
+        if not rows:
+            raise UserError("--split easy: none of the test problems is easy")
     if source == "train" and (args.renumber or split == "renumbered"):
         found, reasons = templates(rows)
         copies = [UNSEEN] if split == "renumbered" else range(args.renumber)

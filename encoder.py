@@ -221,9 +221,9 @@ def collate(rows, T, P=1, N=1):
 
 # Each of the next four functions lays out the problems of a data.Batch, with c tokens in a chunk,
 # and returns a Layout. A problem p has the token lists p.question (X <bot>), p.chain (S) and
-# p.answer (<eot> Ans). A batch is drawn from a bucket of problems of similar length and padded to
-# what the longest of the whole bucket needs, so that only a few widths occur: x, s and a are int
-# arrays with the token counts of all problems of the bucket, and n the numbers of their chunks.
+# p.answer (<eot> Ans). A batch is padded to what the longest of all problems needs that it may be
+# made of, so that only a few widths occur: x, s and a are int arrays with the token counts of these
+# problems, and n the numbers of their chunks.
 
 def encoder_batch(batch, c, sum_id):
     x, s, _ = batch.bucket

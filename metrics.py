@@ -5,6 +5,7 @@
     spans, parallelism      how many reasoning paths one chain of latents follows
     span_mass, span_shares  how much of α is on each path, latent by latent
     shape                   entropy, weight, norm and cosine along a chain
+    error_type              why an answer written after a chain of text is wrong
 
 Shapes here, beside those of model.py:
     R  problems             M  paths of a problem            W  tokens of a span
@@ -14,9 +15,14 @@ The α of R chains are `values` float32 (R, N, K), the largest entries of each i
 `ids` int (R, N, K), whose entries they are; n int64 (R,) says how many latents each chain has.
 Arrays of tokens are padded with -1.
 """
+import re
+from fractions import Fraction
+
 import torch
 
+from data import to_number
 from encoder import count_chunks
+from renumber import ALWAYS, NUMBER, PERCENT, Parser, value_of
 
 FLOOR = 1e-6  # the mass of a span that has none of the kept entries; its logarithm is taken
 COVER = 0.03  # a span is covered where each token has as much (toy task's rarer order, c = 4: 0.05)
@@ -237,3 +243,46 @@ def shape(n, values, entropy, z):
                "norm": z.norm(dim=2).where(real, torch.nan)}
     means = {name: [mean(x) for x in column.T] for name, column in columns.items()}
     return {"count": real.sum(0).tolist(), **means}
+
+
+# -------------------------------------------------------------------------------- errors of a chain
+
+ERRORS = ("no number", "arithmetic", "operand", "steps")
+
+
+def error_type(question, text):
+    """Why the answer in `text`, known to be wrong, is wrong: the first fault in its chain.
+
+    no number   there is no answer
+    arithmetic  a step's equation is false, by more than rounding to two places, or none at all
+    operand     a number in a step is not in the question, no earlier result, and no constant that
+                a word of the question brings in (see renumber.py)
+    steps       all steps are true, and lead elsewhere
+    """
+    if to_number(text) is None:
+        return "no number"
+    known = ALWAYS | Parser(question).brought
+    for match in NUMBER.finditer(question):
+        share = PERCENT.match(question, match.end())
+        known |= {value_of(match[0]), value_of(match[0]) / (100 if share else 1)}
+    for step in re.findall(r"<<([^<>]*)>>", text):
+        left, _, right = step.rpartition("=")
+        value, result = calculate(left), calculate(right)
+        if value is None or result is None or abs(value - result) > 0.01:
+            return "arithmetic"
+        if not known.issuperset(map(value_of, NUMBER.findall(left))):
+            return "operand"
+        known.add(abs(result))  # a sign is no part of the numbers that are found in a step
+    return "steps"
+
+
+def calculate(text):
+    """The value of a text such as (16-3)*.5, a Fraction; None where it is no plain arithmetic."""
+    text = text.replace(",", "")
+    if not re.fullmatch(r"[-+*/().\d]{1,200}", text, re.ASCII) or "**" in text or "//" in text:
+        return None
+    try:
+        value = eval(NUMBER.sub(r"Fraction('\g<0>')", text))
+        return value if isinstance(value, Fraction) else None
+    except (SyntaxError, TypeError, ZeroDivisionError, MemoryError, RecursionError):
+        return None

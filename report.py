@@ -38,7 +38,7 @@ def cell(x):
 def table(columns):
     """{head of the column: {head of the row: entry}} as HTML; entries as `cell` takes them."""
     html = "<tr><th>" + "".join(f"<th>{escape(head)}" for head in columns)
-    for row in next(iter(columns.values())):
+    for row in next(iter(columns.values()), ()):
         html += f"<tr><td>{escape(str(row))}"
         html += "".join(f"<td>{cell(column[row])}" for column in columns.values())
     return f'<div class="wide"><table>{html}</table></div>'
@@ -233,6 +233,7 @@ def page(report, pictures):
     content = {
         "problems": report["problems"],
         "accuracy": table(accuracy),
+        "errors": table({LABELS[way]: types for way, types in report["errors"].items()}),
         "first": pictures[0],
         "verdict": verdict(controls),
         "donor": f"{100 * controls['donor']:.0f}",

@@ -1,4 +1,4 @@
-"""The built-in task: grade-school word problems of seven or eight steps, made by a seeded generator.
+"""The built-in task: grade-school word problems of seven or eight steps, made from a seed.
 
     python toy.py            # print three problems
 

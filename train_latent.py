@@ -66,6 +66,7 @@ def train_latent(llm, store, train, val, args, env):
     """Minimise L_auto = L_exp + L_lat; the score is the accuracy of latent decoding on `val`."""
     c = args.chunk_size
     caps = train.caps(c)
+    train.make_buckets(chain_slots=1 / c)
     forward = common.compiled(hidden_loss if llm.config.hidden_latents else latent_loss, args)
     optimizer, parameters = common.adamw({llm: args.lr}, env.device)
     run = common.Run("latent", args, env, {"llm": llm}, optimizer, train, args.steps,

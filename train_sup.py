@@ -47,14 +47,14 @@ def add_flags(p):
         "loss alone")
     add("--follow", type=float, default=1.0, help="weight of the text that is followed to the end "
         "behind one z of each problem (default: 1; 0 = the paper's ℓ_sup alone)")
-    add("--encoder-first", type=int, default=0, metavar="N", help="the LLM is frozen in the first N "
-        "updates after those, as in the authors' code (default: 0)")
-    add("--ltim", choices=["on", "off"], default="on", help="off: a summary token sees the earlier "
-        "ones")
-    add("--ltsum", choices=["on", "local", "off"], default="on", help="what a chunk sees. local: the "
-        "z before it and itself, as in the authors' code; off: all text before it as well")
-    add("--latents", choices=["superposition", "hidden"], default="superposition", help="hidden: z "
-        "is the encoder's last hidden state, and phase 3 learns it by regression")
+    add("--encoder-first", type=int, default=0, metavar="N", help="the LLM is frozen in the first "
+        "N updates after those, as in the authors' code (default: 0)")
+    add("--ltim", choices=["on", "off"], default="on", help="off: a summary token sees the "
+        "earlier ones")
+    add("--ltsum", choices=["on", "local", "off"], default="on", help="what a chunk sees. local: "
+        "the z before it and itself, as in the authors' code; off: all text before it as well")
+    add("--latents", choices=["superposition", "hidden"], default="superposition", help="hidden: "
+        "z is the encoder's last hidden state, and phase 3 learns it by regression")
 
 
 # ---------------------------------------------------------------------------------------- the ideas
@@ -97,6 +97,7 @@ def sup_loss(encoder, llm, enc, seq, bag, n_ordinary, top_k=0, ltsum="on"):
 def train_explicit(name, llm, train, val, steps, args, env):
     """SFT, saved as `name`. Returns the model that was best on validation."""
     caps = train.caps(args.chunk_size)
+    train.make_buckets(chain_slots=1)
     forward = common.compiled(explicit_loss, args)
     optimizer, parameters = common.adamw({llm: args.lr}, env.device)
     run = common.Run(name, args, env, {"llm": llm}, optimizer, train, steps)
@@ -122,6 +123,8 @@ def train_superposition(encoder, llm, train, val, args, env):
     """The bags, then ℓ_sup, for which encoder and LLM learn together."""
     c, tokenizer, steps = args.chunk_size, env.tokenizer, args.steps
     caps = train.caps(c)
+    # with its latents: 1 + 1/c in the encoder's sequence, and about 2 + 1/c in the LLM's
+    train.make_buckets(chain_slots=1.5 + 1 / c)
     forward_bag = common.compiled(bag_loss, args)
     forward = common.compiled(sup_loss, args)
     optimizer, parameters = common.adamw({encoder: args.lr, llm: args.lr}, env.device)
@@ -147,13 +150,12 @@ def train_superposition(encoder, llm, train, val, args, env):
         bag_weight = args.bag * (1 - 0.5 * step / steps)
         loss = sup + bag_weight * kl
         loss.backward()
+        if step < bag_steps + args.encoder_first:
+            llm.zero_grad(set_to_none=True)  # without a gradient it stays as it is
         common.average_gradients(parameters, env.world)
         norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         for group in optimizer.param_groups:
             group["lr"] = group["peak_lr"] * rate
-        if step < bag_steps + args.encoder_first:
-            for group in optimizer.param_groups[2:]:  # the LLM's
-                group["lr"] = 0.0
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         run.log(loss=loss, sup=sup, bag=kl, norm=norm)
@@ -166,7 +168,8 @@ def train_superposition(encoder, llm, train, val, args, env):
 def train_baselines(llm, train, val, args, env):
     """Explicit and no chain of thought, with as many updates as latent reasoning has in all."""
     sft = common.load_checkpoint(args.out / "sft.pt")
-    same = {field: env.config[field] for field in ("data", "cot", "renumber", "as_told", "seed")}
+    fields = ("data", "cot", "easy", "renumber", "as_told", "seed")
+    same = {field: env.config[field] for field in fields}
     common.require_same(args.out / "sft.pt", sft["config"], **same, fingerprint=train.fingerprint)
     explicit = common.build(sft, "llm", env.device)
     steps = max(0, args.baseline_steps - sft["config"]["sft_steps"])

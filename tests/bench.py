@@ -146,16 +146,18 @@ def random_store(folder, problems, c, n_ordinary):
 
 
 class Bench:
-    """Models, data and jobs of one size. Each job runs one batch of each bucket."""
+    """Models, data and jobs of one size. Each job runs the batches of about an epoch."""
 
     def __init__(self, args, env, scale=1, count=None):
         lengths = dict(LENGTHS[args.preset])
         tokenizer = stand_in(lengths.pop("n_ordinary"))
         self.args, self.env = args, SimpleNamespace(**{**vars(env), "tokenizer": tokenizer})
-        self.problems = some_problems(tokenizer, count or 6 * args.batch_size, args.block_size,
-                                      scale=scale, **lengths)
-        self.batches = [self.problems.batch(np.resize(bucket, args.batch_size), bucket)
-                        for bucket in self.problems.buckets]
+        count = count or 6 * args.batch_size
+        self.problems = some_problems(tokenizer, count, args.block_size, scale=scale, **lengths)
+        self.passes = count // args.batch_size
+        c = args.chunk_size
+        self.chain_slots = {"sft": 1, "phase 1": 1.5 + 1 / c, "phase 3": 1 / c}
+        self.batches = {name: list(self.draw_batches(name)) for name in TRAINING}
         config = GPTConfig(tokenizer.n_vocab, *(getattr(args, field) for field in (
             "block_size", "n_layer", "n_head", "n_embd")))
         self.llm, self.encoder = GPT(config).to(env.device), GPT(config).to(env.device)
@@ -179,6 +181,12 @@ class Bench:
             self.runs[name] = common.Run(name, args, self.env, {"llm": self.llm},
                                          self.optimizers[name][0], self.problems, 10 ** 6)
             self.runs[name].bar = tqdm(disable=True)
+
+    def draw_batches(self, name):
+        """The batches of a phase's loop."""
+        self.problems.make_buckets(self.chain_slots[name])
+        for step in range(self.passes):
+            yield self.problems.train_batch(step, self.args.batch_size, 0)
 
     # a training step, as in the scripts' loops
 
@@ -223,16 +231,16 @@ class Bench:
     # the jobs
 
     def train(self, name):
-        for batch in self.batches:
+        for batch in self.batches[name]:
             self.update(name, batch)
 
     def data_path(self, name):
-        for i in range(len(self.batches)):
-            self.inputs(name, self.problems.train_batch(i, self.args.batch_size, 0))
+        for batch in self.draw_batches(name):
+            self.inputs(name, batch)
 
     @torch.no_grad()
     def compress(self):
-        for batch in self.batches:
+        for batch in self.batches["sft"]:
             enc = encoder_batch(batch, self.args.chunk_size, self.env.tokenizer.sum)
             enc = enc.to(self.env.device)
             with self.env.autocast():
@@ -263,16 +271,17 @@ class Bench:
                 "phase 1": partial(self.train, "phase 1"),
                 "compress": self.compress,
                 "phase 3": partial(self.train, "phase 3"),
-                "latent decoding": partial(self.decode, True, self.batches),
-                "explicit decoding": partial(self.decode, False, self.batches)}
+                "latent decoding": partial(self.decode, True, self.batches["sft"]),
+                "explicit decoding": partial(self.decode, False, self.batches["sft"])}
 
     def tokens(self, name):
         """Real tokens and latents a job reads, or writes."""
         if name.endswith("decoding"):
             latent = name.startswith("latent")
-            return sum(len(batch.rows) * sum(self.caps(batch, latent)) for batch in self.batches)
+            return sum(len(batch.rows) * sum(self.caps(batch, latent))
+                       for batch in self.batches["sft"])
         total = 0
-        for batch in self.batches:
+        for batch in self.batches["sft" if name == "compress" else name]:
             if name == "compress":
                 inputs = [encoder_batch(batch, self.args.chunk_size, self.env.tokenizer.sum)]
             else:
@@ -286,11 +295,12 @@ class Bench:
 # --------------------------------------------------------- what the layouts and the cache replace
 
 class Loops(Bench):
-    """The same results the plain way, on the largest bucket; `check` sees that they are."""
+    """The same results the plain way, on the longest problems; `check` sees that they are."""
 
     def __init__(self, args, env):
         super().__init__(args, env)
-        batch, c, device = self.batches[-1], args.chunk_size, env.device
+        rows, c, device = self.problems.order[-args.batch_size:], args.chunk_size, env.device
+        batch = self.problems.batch(rows, rows)
         self.enc = encoder_batch(batch, c, self.env.tokenizer.sum).to(device)
         self.seq = llm_batch(batch, c).to(device)
         B, N = self.enc.summary_index.shape
@@ -394,10 +404,11 @@ class Loops(Bench):
 
     def ratios(self, repeats):
         self.check()
-        bucket = self.problems.buckets[1]
-        rows = np.resize(bucket, 64)
-        many = self.problems.batch(rows, bucket)
-        single = [self.problems.batch(rows[i:i + 1], bucket) for i in range(4)]
+        third = len(self.problems) // 3
+        middle = self.problems.order[third:-third]  # by length
+        rows = np.resize(middle, 64)
+        many = self.problems.batch(rows, middle)
+        single = [self.problems.batch(rows[i:i + 1], middle) for i in range(4)]
         times = timed({
             "summaries": self.summaries, "summaries loop": self.summaries_loop,
             "ltsum": self.ltsum, "ltsum loop": self.ltsum_loop,
@@ -420,7 +431,7 @@ class Loops(Bench):
 def parts_table(bench, repeats):
     """Speed of every part, and the data path's share of a step: (FLOP/s of a matmul, table)."""
     matmul, matmul_flops = matmul_job(bench.args, bench.env.device)
-    jobs, passes, table = bench.jobs(), len(bench.batches), {}
+    jobs, passes, table = bench.jobs(), bench.passes, {}
     data = {"data " + name: partial(bench.data_path, name) for name in TRAINING}
     times = timed({"matmul": matmul, **jobs, **data}, repeats, bench.env.device)
     rate = matmul_flops / statistics.median(times["matmul"])

@@ -4,6 +4,8 @@ Most tests compare one fast pass with a plain loop that feeds one row at a time 
 model. In float64 the two differ by rounding, about 1e-14, and any leak through a mask or a wrong
 position by many orders more.
 """
+import itertools
+import json
 import os
 import sys
 from pathlib import Path
@@ -65,6 +67,17 @@ def rows(batch, c):
 
 def close(a, b, tol=1e-11):
     torch.testing.assert_close(a, b, rtol=0, atol=tol)
+
+
+def easy_file(folder):
+    """A .jsonl file in `folder`: 300 problems of one step; a fourth of them is not easy."""
+    rows = []
+    for a, b in itertools.product(range(20), range(15)):
+        a = 1000 + a if a % 4 == 0 else a + 20
+        answer = f"<<{a}+{b + 45}={a + b + 45}>> #### {a + b + 45}"
+        rows.append(json.dumps({"question": f"{a} pens, and {b + 45} more?", "answer": answer}))
+    (folder / "mine.jsonl").write_text("\n".join(rows))
+    return str(folder / "mine.jsonl")
 
 
 @pytest.fixture(scope="session")

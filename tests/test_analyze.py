@@ -215,6 +215,9 @@ def test_report_has_its_sections_and_no_nan(run, capsys):
     for way in ("warm_up", "latent", "gold"):
         low, high = r["interval"][way]
         assert low <= r["accuracy"][way] <= high
+    assert sum(r["errors"]["warm_up"].values()) == round(12 * (1 - r["accuracy"]["warm_up"])) > 0
+    assert r["errors"]["warm_up"]["no number"] <= r["unparseable"]["warm_up"]
+    assert set(r["errors"]) == {"warm_up"}
     assert r["parallelism"]["problems"] == 12 and r["parallelism"]["paths"] == 6
     # given its own chain, it answers as it did; so it does when nothing is taken from its z
     assert r["controls"]["accuracy"]["own"] == r["accuracy"]["latent"]

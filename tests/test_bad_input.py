@@ -20,6 +20,7 @@ from conftest import ROOT
 TINY = ["--n-layer", "1", "--n-embd", "16", "--n-head", "1", "--batch-size", "8",
         "--sft-steps", "1", "--steps", "1", "--bag-steps", "0"]
 FEW = {"train": 32, "val": 8, "test": 8}
+SAMPLE = ROOT / "tests" / "sample.jsonl"
 GOOD = '{"question": "What is 1 + 1?", "answer": "<<1+1=2>>\\n#### 2"}'
 SCRIPTS = {"train_sup": train_sup, "compress": compress, "train_latent": train_latent,
            "analyze": analyze}
@@ -124,6 +125,9 @@ def test_a_byte_order_mark_crlf_and_blank_lines_are_nothing(tmp_path, content):
     (["--bag-steps", -1], "--bag-steps -1"),
     (["--as-told", 2], "--as-told 2"),
     (["--renumber", 3], "--renumber"),
+    (["--easy", 3], "--easy"),
+    (["--easy", -3, "--data", SAMPLE], "--easy -3"),
+    (["--easy", 99, "--data", SAMPLE], "--easy 99: only 6 of the training problems"),
     (["--seed", -1], "--seed -1"),
     (["--top-k", -1], "--top-k -1"),
     (["--lr", "nan"], "--lr nan"),

@@ -14,9 +14,9 @@ import pytest
 
 import data
 import toy
-from conftest import ROOT
+from conftest import ROOT, easy_file
 from data import TOY_SIZE, Problems, UserError, load, numbers, split_of, to_number
-from encoder import (chunk_bags, draw_chunk, encoder_batch, explicit_batch, latent_batch,
+from encoder import (Layout, chunk_bags, draw_chunk, encoder_batch, explicit_batch, latent_batch,
                      llm_batch)
 
 SAMPLE = ROOT / "tests" / "sample.jsonl"
@@ -41,7 +41,7 @@ def test_every_toy_path_leads_to_the_answer(toy_problems):
             if re.search("double|halve", p["question"]):
                 known.add("2")
             steps = path.split(" ")
-            assert len(steps) in (6, 7)
+            assert len(steps) in (7, 8)
             for step in steps:
                 expression, result = re.fullmatch(r"<<([\d+*/-]+)=(\d+)>>", step).groups()
                 assert set(re.findall(r"\d+", expression)) <= known
@@ -240,7 +240,7 @@ def test_what_has_no_chain_is_said(tmp_path, capsys):
              for i in range(60)]
     (tmp_path / "train.jsonl").write_text("\n".join(lines))
     args = SimpleNamespace(data=str(tmp_path), data_dir=None, cot="steps", seed=0, as_told=0.8,
-                           renumber=0, block_size=64, chunk_size=2)
+                           easy=0, renumber=0, block_size=64, chunk_size=2)
     env = SimpleNamespace(tokenizer=data.Tokenizer("toy"), rank=0)
     train, val = data.splits(args, env)
     said = capsys.readouterr().out.split(f"{len(train)} without a chain")[0]
@@ -277,6 +277,57 @@ def test_files_that_are_not_there_or_not_text(tmp_path):
     (tmp_path / "one.jsonl").write_text(GOOD)
     with pytest.raises(UserError, match="no problem falls to the val split"):
         load(str(tmp_path / "one.jsonl"), "val")
+
+
+def easy_problem(question="Ida has 14 pens and buys 3 boxes of 6. How many has she?",
+                 chain="<<3*6=18>> <<14+18=32>>", answer="32"):
+    return {"question": question, "chain": chain, "answer": answer}
+
+
+@pytest.mark.parametrize("easy, problem", [
+    (True, easy_problem()),
+    (True, easy_problem(chain="In boxes: <<3*6=18>>18.\nSo it's <<14+18=32>>32.")),
+    (False, easy_problem(question="Ida has 14 pens and buys 3 boxes of 6." + " Why?" * 40)),
+    (False, easy_problem(question="Ida has 14 pens and buys 3 boxes of 6.50 in year 1998.")),
+    (False, easy_problem(question="Ida has 14 pens and buys 3 boxes of 61.",
+                         chain="<<3*61=183>> <<14+183=197>>", answer="197")),
+    (False, easy_problem(chain="<<3*6=18>> <<3*6=18>> <<3*6=18>> <<3*6=18>> <<14+18=32>>")),
+    (False, easy_problem(chain="<<3*7=21>> <<14+21=35>>", answer="35")),  # where from is the 7?
+    (False, easy_problem(chain="")),
+])
+def test_what_is_easy(easy, problem):
+    assert data.is_easy(problem) == easy
+
+
+def test_easy_problems_alone_are_trained_on_and_none_that_is_held_out(tmp_path):
+    name = easy_file(tmp_path)
+    whole = {split: load(name, split) for split in ("train", "val", "test")}
+    easy = {split: load(name, split, easy=9) for split in whole}
+    assert easy["train"] == [p for p in whole["train"] if data.is_easy(p)][:9]
+    assert easy["val"] == [p for p in whole["val"] if data.is_easy(p)] != whole["val"]
+    assert easy["test"] == whole["test"]
+    args = SimpleNamespace(data=name, data_dir=None, cot="steps", seed=0, as_told=0.8, easy=9,
+                           renumber=3)
+    trained = [p["question"] for p in data.load_split(args, "train")]
+    assert len(trained) == 9 * 4 and {p["question"] for p in easy["train"]} < set(trained)
+    held_out = {p["question"] for p in whole["val"] + whole["test"]}
+    assert not held_out & set(trained)
+    only = data.load_split(args, "easy")
+    assert only == [p for p in whole["test"] if data.is_easy(p)] and 0 < len(only) < len(held_out)
+
+
+def test_nothing_that_gsm8k_holds_out_is_in_its_easy_part(gsm8k):
+    """Not with other numbers either: the words of a copy are those of a training problem."""
+    def words(rows):
+        return {re.sub(r"[\d,.]+", "#", p["question"]) for p in rows}
+
+    train = load("gsm8k", "train", gsm8k, easy=600)
+    held_out = load("gsm8k", "val", gsm8k) + load("gsm8k", "test", gsm8k)
+    assert len(train) == 600 and not words(train) & words(held_out)
+    args = SimpleNamespace(data="gsm8k", data_dir=gsm8k, cot="steps", seed=0, as_told=0.8, easy=600,
+                           renumber=2)
+    trained = data.load_split(args, "train")
+    assert len(trained) == 3 * 600 and words(trained) == words(train)
 
 
 # ------------------------------------------------------------------------------------------ scoring
@@ -369,17 +420,28 @@ def problems(toy_tokenizer, toy_problems):
     return Problems(short, toy_tokenizer, block_size=96)
 
 
-def test_every_problem_once_an_epoch(problems):
-    size = 8
-    epochs = []
-    for epoch in range(2):  # three buckets of 34, 34 and 33 problems: five batches each
-        steps = range(epoch * 15, epoch * 15 + 15)
+@pytest.mark.parametrize("size", [8, 40, 150])
+def test_every_problem_once_an_epoch(problems, size):
+    """Of 101 problems a few come twice where the last batch is filled up, other ones each epoch."""
+    epochs, batches = [], -(-101 // size)
+    for epoch in range(2):
+        steps = range(epoch * batches, (epoch + 1) * batches)
         rows = np.concatenate([problems.train_batch(step, size, seed=0).rows for step in steps])
         count = np.bincount(rows, minlength=len(problems))
-        assert count.min() == 1 and count.sum() == 15 * size
-        assert count.max() <= 2  # the last batches are filled up
-        epochs.append(rows.tolist())
-    assert epochs[0] != epochs[1]
+        assert count.min() == 1 and count.sum() == batches * size
+        assert count.max() <= 2
+        epochs.append((rows.tolist(), np.flatnonzero(count == 2).tolist()))
+    assert epochs[0][0] != epochs[1][0] and epochs[0][1] != epochs[1][1]
+
+
+def test_no_length_is_drawn_more_often(problems):
+    """Over many epochs that are not full, short and long problems come equally often."""
+    rows = [problems.train_batch(step, 8, seed=0).rows for step in range(13 * 100)]
+    count = np.bincount(np.concatenate(rows))  # of each problem: 100, and 3 in 101 for each epoch
+    for bucket in range(problems.bucket.max() + 1):
+        of_bucket = count[problems.bucket == bucket]
+        expected = 104 / 101 * 100
+        assert abs(of_bucket.mean() - expected) < 3 * (3 / len(of_bucket)) ** 0.5
 
 
 def test_a_batch_is_a_function_of_seed_and_step(problems, toy_tokenizer):
@@ -389,7 +451,8 @@ def test_a_batch_is_a_function_of_seed_and_step(problems, toy_tokenizer):
         a = problems.train_batch(step, 8, seed)
         b = fresh.train_batch(step, 8, seed)
         assert a.rows.tolist() == b.rows.tolist()
-        fresh.epoch = None
+        fresh.make_buckets(2.5)
+        fresh.make_buckets(1)
     other_seed = problems.train_batch(3, 8, 1)
     assert problems.train_batch(3, 8, 0).rows.tolist() != other_seed.rows.tolist()
 
@@ -402,16 +465,61 @@ def test_ranks_share_one_global_batch(problems):
     assert all(encoder_batch(part, 2, 0).ids.shape[1] == width for part in parts)
 
 
-def test_few_fixed_widths(problems, toy_tokenizer):
-    batches = [problems.train_batch(step, 8, 0) for step in range(45)]
-    for lay_out in (explicit_batch,
-                    lambda batch: encoder_batch(batch, 2, toy_tokenizer.sum),
-                    lambda batch: llm_batch(batch, 2),
-                    lambda batch: llm_batch(batch, 2, draw_chunk(batch, 2, 0, batch.rows[0])),
-                    lambda batch: latent_batch(batch, 2),
-                    lambda batch: [chunk_bags(batch, 2)]):
-        shapes = {tuple(tensor.shape for tensor in lay_out(batch)) for batch in batches}
-        assert len(shapes) <= len(problems.buckets)
+LOOPS = {  # the slots that a token of the chain takes at c = 2, and a loop's layouts of a batch
+    "warm-up": (1, lambda batch, n: [
+        explicit_batch(batch, 2, 1 + draw_chunk(batch, 2, 0, n, none=0.5)), chunk_bags(batch, 2)]),
+    "phase 1": (2, lambda batch, n: [
+        encoder_batch(batch, 2, 0), llm_batch(batch, 2, draw_chunk(batch, 2, 0, n, none=0.25))]),
+    "phase 3": (0.5, lambda batch, n: [latent_batch(batch, 2)]),
+}
+
+
+@pytest.fixture(scope="module")
+def uneven(toy_tokenizer):
+    """Lengths that are spread as GSM8K's are: many middling ones, and a few long."""
+    rng = np.random.default_rng(0)
+    x, s = np.exp(rng.normal([[3.9], [3.1]], [[0.4], [0.5]], (2, 400))).astype(int)
+    rows = [dict(question="1 " * (i // 2), chain="1 " * (j // 2), answer="1") for i, j in zip(x, s)]
+    return Problems(rows, toy_tokenizer, block_size=512)
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+def test_few_widths_and_little_padding(uneven, loop):
+    chain_slots, lay_out = LOOPS[loop]
+    uneven.make_buckets(chain_slots)
+    shapes, slots, real = set(), 0, 0
+    for step in range(75):  # three epochs
+        tensors = lay_out(uneven.train_batch(step, 16, 0), step)
+        shapes.add(tuple(t.shape for layout in tensors for t in layout))
+        for layout in tensors:
+            if isinstance(layout, Layout):
+                slots += layout.pos.numel()
+                real += len(layout.pos) + int((layout.pos > 0).sum())  # a row's first one is at 0
+    assert len(shapes) <= data.WIDTHS == 7
+    assert real > 0.75 * slots
+
+
+def test_widths_are_chosen_where_they_save_most():
+    assert data.choose_widths(np.array([86, 95] * 9)) == [88, 96]
+    assert data.choose_widths(np.array([5.5])) == [8]
+    length = np.array([8] * 50 + [16] * 3 + [64, 72, 80, 88, 96] * 9 + [200, 208])
+    widths = data.choose_widths(length)
+    assert len(widths) == 7 and widths[-1] == 208 and {8, 96} <= set(widths)
+    assert 200 not in widths  # for one problem more or less it is not worth while
+
+
+def test_a_few_long_problems_are_padded_for_and_fit(toy_tokenizer):
+    """A batch that joins two buckets has room for both, and the shape of the longer one's."""
+    sizes = [(2, 30)] * 13 + [(60, 1)] * 5 + [(90, 2)]
+    rows = [dict(question="1 " * x, chain="1 " * s, answer="1") for x, s in sizes]
+    few = Problems(rows, toy_tokenizer, 512)
+    shapes = {}
+    for step in range(30):
+        batch = few.train_batch(step, 4, 0)
+        seq = encoder_batch(batch, 2, 0)
+        assert (seq.n.numpy() == [-(-len(p.chain) // 2) for p in batch.problems]).all()
+        shapes.setdefault(few.bucket[batch.rows].max(), set()).add((seq.ids.shape, seq[7].shape))
+    assert len(shapes) > 1 and all(len(found) == 1 for found in shapes.values())
 
 
 def test_a_batch_holds_the_problems_it_names(problems, toy_tokenizer):

@@ -4,8 +4,8 @@ import math
 import pytest
 import torch
 
-from metrics import (ecr, mean, measure_ecr, parallelism, shape, span_mass, span_shares, spans,
-                     wilson)
+from metrics import (calculate, ecr, error_type, mean, measure_ecr, parallelism, shape, span_mass,
+                     span_shares, spans, wilson)
 
 V = 40  # ids of the vocabulary here
 
@@ -245,3 +245,36 @@ def test_shape():
     assert found["entropy"] == [2, 3, 5] and found["top1"] == pytest.approx([0.6, 1, 0.2])
     assert found["norm"] == pytest.approx([7.5, 7.5, 5])
     assert found["cosine"] == pytest.approx([0.5, 1])
+
+
+# -------------------------------------------------------------------------------- errors of a chain
+
+QUESTION = "Of Ida's 14 pens 25% are red. She buys 3 boxes of 6, and loses half a dozen."
+
+
+@pytest.mark.parametrize("chain, why", [
+    ("<<3*6=18>> <<14+18=32>>#### ", "no number"),
+    ("<<3*6=18>> <<14+18=31>>#### 31", "arithmetic"),
+    ("<<3*6=18>> <<14+=32>>#### 32", "arithmetic"),
+    ("<<3*6>> #### 18", "arithmetic"),
+    ("<<14/3=4.67>> <<4.67*3=14.01>>#### 14", "steps"),  # rounded to two places
+    ("<<14/3=4.6>>#### 4.6", "arithmetic"),
+    ("<<3*7=21>> <<14+21=35>>#### 35", "operand"),
+    ("<<18+14=32>> <<3*6=18>>#### 32", "operand"),  # a result that is not there yet
+    ("<<3*7=21>> <<14+21=36>>#### 36", "operand"),  # the first fault counts
+    ("<<3*7=22>>#### 22", "arithmetic"),            # and of one step its equation
+    ("<<14-3=11>>#### 11", "steps"),
+    ("<<14*.25=3.5>> <<14*25/100=3.5>> <<3*6/2=9>> <<9+12=21>>#### 21", "steps"),
+    ("<<3-14=-11>> <<14-11=3>> <<3,000/3=1,000>>#### 3", "operand"),
+    ("<<3-14=-11>> <<14-11=3>>#### 3", "steps"),
+    ("It is #### 5", "steps"),
+])
+def test_the_first_fault_of_a_chain(chain, why):
+    assert error_type(QUESTION, "<eot>" + chain) == why
+
+
+@pytest.mark.parametrize("text", [
+    "", "(", "1/0", "1(2)", "2**9", "9//2", "1.2.3", "x", "()", "1 2", "٣", "-" * 199, "(" * 199,
+    "(" * 90 + "1" + ")" * 90 + "2", "9" * 201])
+def test_what_is_no_arithmetic_has_no_value(text):
+    assert calculate(text) is None

@@ -12,7 +12,7 @@ import torch
 
 import common
 import data
-from conftest import ROOT
+from conftest import ROOT, easy_file
 from data import Problems, UserError, load
 from encoder import encoder_batch, summarize, top_k_renormalized
 
@@ -102,6 +102,19 @@ def test_a_file_of_your_own(call, gpt2_tokenizer, cot, capsys):
     capsys.readouterr()
     call("analyze", "--out", "run", "--ask", "How many quaggas, 𝔸nn?")
     assert "z_0" in capsys.readouterr().out
+
+
+def test_later_phases_keep_to_the_easy_problems(call, gpt2_tokenizer, tmp_path):
+    store = pipeline(call, "--data", easy_file(tmp_path), "--easy", 12, "--renumber", 2)
+    assert len(store["offsets"]) == 3 * 12 + 1
+    call("analyze", "--split", "easy", "--limit", 4, "--out", "run")
+    report = json.loads(Path("run/report-easy.json").read_text("utf-8"))
+    configs = report["config"].values()
+    assert {config["easy"] for config in configs} == {12}
+    assert len({config["tokenizer"] for config in configs}) == 1
+    with pytest.raises(data.UserError, match="easy = 12, here it is 13"):
+        call("train_sup", *TINY, "--data", easy_file(tmp_path), "--easy", 13, "--renumber", 2,
+             "--resume", "--out", "run")
 
 
 def test_problems_without_a_chain_of_thought(call, gpt2_tokenizer, tmp_path):
