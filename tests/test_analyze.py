@@ -28,7 +28,7 @@ from test_report import Page
 def random_model(tokenizer, seed):
     """Weights so large that each question has an answer of its own."""
     torch.manual_seed(seed)
-    llm = GPT(GPTConfig(tokenizer.n_vocab, 96, 1, 2, 16)).double().requires_grad_(False)
+    llm = GPT(GPTConfig(tokenizer.n_vocab, 120, 1, 2, 16)).double().requires_grad_(False)
     for p in llm.parameters():
         p.add_(0.5 * torch.randn_like(p))
     return llm
@@ -37,7 +37,7 @@ def random_model(tokenizer, seed):
 @pytest.fixture
 def setting(toy_tokenizer):
     """Six problems of the toy task; at most 5 latents and 8 tokens."""
-    problems = data.Problems(list(toy.problems(1, 6, lambda question: True)), toy_tokenizer, 96)
+    problems = data.Problems(list(toy.problems(1, 6, lambda question: True)), toy_tokenizer, 120)
     env = SimpleNamespace(tokenizer=toy_tokenizer, device=torch.device("cpu"),
                           autocast=contextlib.nullcontext)
     return Setting(problems, 6, c=2, caps=(5, 8), batch_size=4, env=env)
@@ -280,7 +280,7 @@ def test_report_says_how_everything_in_it_was_made(run):
     for made in config.values():
         assert {"seed", "commit", "torch", "python", "device", "dtype", "batch_size"} <= set(made)
     assert config["analyze"]["limit"] == 2
-    assert config["sup"]["bag"] == 1 and config["latent"]["noise"] == 0.25
+    assert config["sup"]["bag"] == 1 and config["latent"]["noise"] == 0.1
     assert len({config[phase]["fingerprint"] for phase in ("sft", "sup", "latent")}) == 1
     page = Page((run / "report.html").read_text())
     assert config["sup"]["fingerprint"] in page.text and config["analyze"]["commit"] in page.text

@@ -253,7 +253,7 @@ def test_what_has_no_chain_is_said(tmp_path, capsys):
 def test_half_a_character_is_no_reason_to_stop(tmp_path, toy_tokenizer):
     # JSON can say it, UTF-8 can't
     (tmp_path / "test.jsonl").write_text('{"question": "\\ud83d?", "answer": "<<1+1=2>> #### 2"}')
-    assert len(Problems(load(str(tmp_path), "test"), toy_tokenizer, 96)) == 1
+    assert len(Problems(load(str(tmp_path), "test"), toy_tokenizer, 120)) == 1
 
 
 def test_files_that_are_not_there_or_not_text(tmp_path):
@@ -417,7 +417,7 @@ def test_no_text_takes_long_to_score(text):
 @pytest.fixture(scope="module")
 def problems(toy_tokenizer, toy_problems):
     short = [dict(p, chain=p["chain"][:k]) for p, k in zip(toy_problems[:101], [0, 7, 30, 99] * 26)]
-    return Problems(short, toy_tokenizer, block_size=96)
+    return Problems(short, toy_tokenizer, block_size=120)
 
 
 @pytest.mark.parametrize("size", [8, 40, 150])
@@ -445,7 +445,7 @@ def test_no_length_is_drawn_more_often(problems):
 
 
 def test_a_batch_is_a_function_of_seed_and_step(problems, toy_tokenizer):
-    fresh = Problems(problems.problems, toy_tokenizer, block_size=96)
+    fresh = Problems(problems.problems, toy_tokenizer, block_size=120)
     # in any order, with or without a history
     for seed, step in ((0, 40), (1, 3), (0, 3), (0, 40), (1, 40)):
         a = problems.train_batch(step, 8, seed)
@@ -466,8 +466,7 @@ def test_ranks_share_one_global_batch(problems):
 
 
 LOOPS = {  # the slots that a token of the chain takes at c = 2, and a loop's layouts of a batch
-    "warm-up": (1, lambda batch, n: [
-        explicit_batch(batch, 2, 1 + draw_chunk(batch, 2, 0, n, none=0.5)), chunk_bags(batch, 2)]),
+    "warm-up": (1, lambda batch, n: [explicit_batch(batch)]),
     "phase 1": (2, lambda batch, n: [
         encoder_batch(batch, 2, 0), llm_batch(batch, 2, draw_chunk(batch, 2, 0, n, none=0.25))]),
     "phase 3": (0.5, lambda batch, n: [latent_batch(batch, 2)]),
