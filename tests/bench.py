@@ -48,7 +48,7 @@ from train_sup import explicit_loss, sup_loss  # noqa: E402
 # tokens of a question, a chain and an answer: mean and spread, as measured
 GSM8K = dict(x=(56, 21), s=(24, 11), a=(4, 0), n_ordinary=50256)
 LENGTHS = {
-    "toy": dict(x=(36, 1.5), s=(34, 3), a=(4, 0), n_ordinary=403),
+    "toy": dict(x=(47.5, 1.5), s=(48, 3), a=(4, 0), n_ordinary=403),
     "gsm8k": GSM8K,
     "gpt2": GSM8K,
 }
