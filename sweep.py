@@ -12,8 +12,9 @@ named after the flags that led to it, and is one run of one script there: the fi
 stages are linked into it, then the script goes on from them. So settings that agree up to a stage
 share it. What the script says is in the folder's stage.log, with its command on top.
 
-Stages run side by side, each in a process of its own. After Ctrl-C, or a crash, the same command
-goes on where it stopped. Table and page are written anew after every analysis.
+Stages run side by side, each in a process of its own (forked: on Linux or macOS). After Ctrl-C, or
+a crash, the same command goes on where it stopped. Table and page are written anew after every
+analysis, from the figures in its report.json.
 """
 import argparse
 import fcntl

@@ -24,7 +24,7 @@ SETTINGS = [
     ("c=4", "chunk size", "--chunk-size 4", "", ""),
     ("baselines", "baselines", "--baselines", "", ""),
 ]
-FLAGS = ["--smoke", "--jobs", "2", "--sup=--sft-steps 60 --steps 60 --eval-every 10"]
+FLAGS = ["--smoke", "--jobs", "2", "--sup=--sft-steps 120 --steps 120 --eval-every 10"]
 FORK = multiprocessing.get_context("fork")  # torch is here already
 
 
@@ -100,6 +100,7 @@ def swept(tmp_path_factory):
         process.kill()
         until(lambda: is_free(out))
         assert not common.read_json(phase_1 / "stage.json")["done"]
+        assert '"step": 120,' not in (phase_1 / "sup.jsonl").read_text()  # it died with the sweep
 
         code, said = end_of(start(out, "--seeds", "0"), out)
         assert code == 1 and said.endswith("1 stages failed, see above; the same command tries "
@@ -113,7 +114,7 @@ def test_a_stopped_stage_goes_on_and_a_finished_one_is_left_alone(swept):
         log = (out / "seed-0" / kind / "default" / "stage.log").read_text("utf-8")
         assert log.count("python train_sup.py") == 2
         assert log.count(f"{loop}    10  validation") == 1
-        assert log.count(f"{loop}    60  validation") == 1
+        assert log.count(f"{loop}   120  validation") == 1
     assert "default, seed 0: warm-up" not in said  # the second start had finished it
     assert "default, seed 0: phase-1 done" in said
 
@@ -132,7 +133,7 @@ def test_settings_share_what_they_agree_on(swept):
     assert (phase_1 / "sup.pt").samefile(noise / "sup.pt")
     assert (folder / "store/default/latents/ids.npy").samefile(noise / "latents/ids.npy")
     made_by = report_of(out, 0, "train_latent-noise-0")["config"]
-    assert made_by["latent"]["noise"] == 0 and made_by["sup"]["steps"] == 60
+    assert made_by["latent"]["noise"] == 0 and made_by["sup"]["steps"] == 120
 
 
 def test_a_setting_that_fails_is_told_in_a_line_and_stops_no_other(swept):
