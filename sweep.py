@@ -91,11 +91,11 @@ HEADS = ("seeds", "accuracy", "range", "steps", "explicit", "gold", "lowest cont
          "from none", "ECR@c", "paths", "seconds", "flags")
 NOTES = (
     "A figure is the mean over seeds. Explicit: the warm-up, thinking in text. Gold: given the "
-    "encoder’s latents. Continuation: right answers when the LLM of phase 1 writes on as text after "
-    "some of these. ECR@c: tokens of a chunk among the c heaviest of its α. Paths: among how many "
-    "steps the latents of the first step are shared. Seconds: from the warm-up to phase 3, shared "
-    "stages included. * One seed alone: the range is then the 95 % interval (Wilson) of its test "
-    "problems.")
+    "encoder’s latents. Continuation: right answers when the LLM of phase 1 writes on as text "
+    "after some of these. ECR@c: tokens of a chunk among the c heaviest of its α. Paths: among how "
+    "many steps the latents of the first step are shared. Seconds: from the warm-up to phase 3, "
+    "shared stages included. * One seed alone: the range is then the 95 % interval (Wilson) of its "
+    "test problems.")
 
 
 # ----------------------------------------------------------------------------------------- the plan
@@ -248,7 +248,8 @@ def start_stages(stages, records, running, failed, jobs):
         over = records[folder]["done"] or folder in failed
         if len(running) < jobs and ready and not over and folder not in busy:
             folder.mkdir(parents=True, exist_ok=True)
-            context = multiprocessing.get_context("fork")  # torch is imported once, here
+            # torch is imported once, here; this process never trains, or it could not be forked
+            context = multiprocessing.get_context("fork")
             process = context.Process(target=work, args=(folder, stages, threads))
             started = time.time() - records[folder]["seconds"]
             process.start()

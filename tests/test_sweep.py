@@ -1,19 +1,22 @@
-"""The sweep: stages shared, stopped, killed and gone on with, one that fails, the table, the page."""
+"""The sweep: stages shared, stopped, killed, gone on with; one that fails; the table, the page."""
 import fcntl
 import json
-import multiprocessing
 import os
 import shlex
+import shutil
 import signal
+import subprocess
 import sys
 import time
 
 import pytest
 
 import common
+import data
 import sweep
 import train_latent
 import train_sup
+from conftest import ROOT
 from data import UserError
 from test_report import Page
 
@@ -25,27 +28,25 @@ SETTINGS = [
     ("baselines", "baselines", "--baselines", "", ""),
 ]
 FLAGS = ["--smoke", "--jobs", "2", "--sup=--sft-steps 120 --steps 120 --eval-every 10"]
-FORK = multiprocessing.get_context("fork")  # torch is here already
+START = f"""
+import common, sweep
+
+sweep.SETTINGS = {SETTINGS}
+common.start(sweep.main)
+"""
 
 
-def call(flags, said):
-    """A sweep, in a process of its own, whose words go to the file `said`."""
-    with open(said, "wb") as file:
-        os.dup2(file.fileno(), 1)
-        os.dup2(file.fileno(), 2)
-    sys.stdout, sys.stderr = (open(i, "w", buffering=1, closefd=False) for i in (1, 2))
-    sweep.main(flags)
-
-
-def start(out, *flags):
-    process = FORK.Process(target=call, args=([*FLAGS, "--out", str(out), *flags], f"{out}.said"))
-    process.start()
-    return process
+def start(out):
+    """The sweep of one seed, in a process of its own: this one has trained, and can't be forked."""
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONUTF8": "1"}
+    command = [sys.executable, "-c", START, *FLAGS, "--seeds", "0", "--out", str(out)]
+    with open(f"{out}.said", "wb") as said:
+        return subprocess.Popen(command, stdout=said, stderr=said, env=env)
 
 
 def until(condition):
-    """Wait for it, a minute at most."""
-    end = time.time() + 60
+    """Wait for it, five minutes at most."""
+    end = time.time() + 300
     while not condition():
         assert time.time() < end
         time.sleep(0.02)
@@ -63,8 +64,7 @@ def is_free(out):
 
 def end_of(process, out):
     """(exit status, what it said)."""
-    process.join()
-    return process.exitcode, (out.parent / f"{out.name}.said").read_text("utf-8")
+    return process.wait(), (out.parent / f"{out.name}.said").read_text("utf-8")
 
 
 def rows_of(out):
@@ -84,28 +84,26 @@ def report_of(out, seed, flags):
 def swept(tmp_path_factory):
     """(folder, what it said at last) of a sweep that was stopped, then killed, then left alone."""
     out = tmp_path_factory.mktemp("sweep") / "out"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sweep, "SETTINGS", SETTINGS)
-        warm_up, phase_1 = (out / "seed-0" / kind / "default" for kind in ("warm-up", "phase-1"))
+    warm_up, phase_1 = (out / "seed-0" / kind / "default" for kind in ("warm-up", "phase-1"))
 
-        process = start(out, "--seeds", "0")
-        until((warm_up / "sft.state.pt").exists)
-        os.kill(process.pid, signal.SIGINT)
-        code, said = end_of(process, out)
-        assert code == 1 and said.endswith("stopped; the same command goes on from here\n")
-        assert is_free(out) and "updates of sft and saved" in sweep.last_line(warm_up)
+    process = start(out)
+    until((warm_up / "sft.state.pt").exists)
+    os.kill(process.pid, signal.SIGINT)
+    code, said = end_of(process, out)
+    assert code == 1 and said.endswith("stopped; the same command goes on from here\n")
+    assert is_free(out) and "updates of sft and saved" in sweep.last_line(warm_up)
 
-        process = start(out, "--seeds", "0")
-        until((phase_1 / "sup.state.pt").exists)
-        process.kill()
-        until(lambda: is_free(out))
-        assert not common.read_json(phase_1 / "stage.json")["done"]
-        assert '"step": 120,' not in (phase_1 / "sup.jsonl").read_text()  # it died with the sweep
+    process = start(out)
+    until((phase_1 / "sup.state.pt").exists)
+    process.kill()
+    until(lambda: is_free(out))
+    assert not common.read_json(phase_1 / "stage.json")["done"]
+    assert '"step": 120,' not in (phase_1 / "sup.jsonl").read_text()  # it died with the sweep
 
-        code, said = end_of(start(out, "--seeds", "0"), out)
-        assert code == 1 and said.endswith("1 stages failed, see above; the same command tries "
-                                           "again\n")
-        yield out, said
+    code, said = end_of(start(out), out)
+    assert code == 1 and said.endswith("1 stages failed, see above; the same command tries "
+                                       "again\n")
+    return out, said
 
 
 def test_a_stopped_stage_goes_on_and_a_finished_one_is_left_alone(swept):
@@ -181,18 +179,21 @@ def test_the_page_is_whole_and_asks_for_nothing(swept):
 
 
 def test_a_second_seed_makes_a_mean_and_a_range(swept, monkeypatch):
+    """Of reports made up for it: all is done then, and nothing runs."""
     out, _ = swept
     monkeypatch.setattr(sweep, "SETTINGS", SETTINGS)
-    log = out / "seed-0/analysis/default/stage.log"
-    before = log.stat()
-    code, said = end_of(start(out, "--only", "default", "--seeds", "0", "1"), out)
-    assert code == 0 and "2 runs, 10 stages, 5 of them done before" in said
-    assert log.stat() == before
-    steps = [report_of(out, seed, "default")["steps"]["latent"] for seed in (0, 1)]
-    accuracies = [report_of(out, seed, "default")["accuracy"]["latent"] for seed in (0, 1)]
-    row = rows_of(out)["default"]
-    assert row["seeds"] == "2" and row["steps"] == sweep.cell(sum(steps) / 2)
-    assert row["range"] == sweep.cell([min(accuracies), max(accuracies)])
+    monkeypatch.setattr(data, "TOY_SIZE", {})
+    shutil.copytree(out / "seed-0", out / "seed-1")
+    for path in out.glob("seed-1/*/*/stage.json"):
+        path.write_text(path.read_text().replace('"--seed",\n  "0"', '"--seed",\n  "1"'))
+    for seed, accuracy, steps in ((0, 0.5, 20.0), (1, 0.75, 23.0)):
+        report = report_of(out, seed, "default")
+        report["accuracy"]["latent"], report["steps"]["latent"] = accuracy, steps
+        common.write_json(out / f"seed-{seed}/analysis/default/report.json", report)
+    sweep.main([*FLAGS, "--only", "default", "--seeds", "0", "1", "--out", str(out)])
+    row, = rows_of(out).values()
+    assert row["seeds"] == "2" and row["range"] == "0.500 – 0.750"
+    assert row["accuracy"] == "0.625" and row["steps"] == "21.5"
     assert 'fill="var(--page)"' not in (out / "sweep.html").read_text("utf-8")
 
     with pytest.raises(UserError, match="--steps 7 --seed 0 --steps 0'; choose another"):
