@@ -1,16 +1,20 @@
-"""The page: tables, line charts and problems as HTML, from the template assets/report.html.
+"""The pages: tables, charts and problems as HTML, from the templates in assets.
 
-    html = page(report, pictures)
+    html = page(report, pictures)        # a run: assets/report.html
+    html = sweep_page(rows, heads, text)  # what sweep.py compares: assets/sweep.html
 
 `report` is what analyze.py writes to report.json; its docstring says what is in it. Every $name in
-the template becomes a figure, a table or a chart. Nothing is measured here, and nothing is read but
+a template becomes a figure, a table or a chart. Nothing is measured here, and nothing is read but
 the template.
 """
+import math
 from html import escape
 from pathlib import Path
 from string import Template
 
 TEMPLATE = Path(__file__).with_name("assets") / "report.html"
+SWEEP = TEMPLATE.with_name("sweep.html")
+COLORS = 8  # that it has
 LABELS = {"warm_up": "Explicit, the warm-up", "explicit": "Explicit chain of thought",
           "no_cot": "No chain of thought", "latent": "Latent chain",
           "gold": "Summaries by the encoder"}
@@ -246,3 +250,82 @@ def page(report, pictures):
     content |= path_figures(report["parallelism"])
     content |= shape_charts(report["shape"])
     return Template(TEMPLATE.read_text("utf-8")).substitute(made | content)
+
+
+# ------------------------------------------------------------------------------ the page of a sweep
+# A row {head: entry} has the figures of one setting: group, accuracy with its range, steps, seeds,
+# page (its report, to link to), color. Widths are in percent, so that text keeps its size
+
+def dot(row, name, x, y):
+    """A link that tells its figures to who points at it; hollow where one seed is all there is."""
+    low, high = row["range"]
+    title = (f"{name}: {row['accuracy']:.3f} ({low:.3f} – {high:.3f}), {row['steps']:.1f} steps, "
+             f"seeds: {row['seeds']}")
+    fill = "var(--page)" if row["seeds"] == "1*" else row["color"]
+    return (f'<a href="{escape(row["page"])}"><circle cx="{x}" cy="{y}" r="4" fill="{fill}" '
+            f'stroke="{row["color"]}"><title>{escape(title)}</title></circle></a>')
+
+
+def dot_plot(rows, reference=None):
+    """{setting: row} with intervals, the best on top; a dashed line at `reference`."""
+    bottom, svg = 24 * len(rows) + 4, ""
+    for i in range(5):
+        svg += f'<line x1="{25 * i}%" x2="{25 * i}%" y1="0" y2="{bottom}"/>'
+        svg += f'<text x="{25 * i}%" y="{bottom + 16}" text-anchor="middle">{i / 4:g}</text>'
+    if reference is not None:
+        at = f"{100 * reference:.1f}%"
+        svg += f'<line class="reference" x1="{at}" x2="{at}" y1="0" y2="{bottom}"/>'
+    for i, name in enumerate(sorted(rows, key=lambda name: -rows[name]["accuracy"])):
+        row, y = rows[name], 24 * i + 14
+        low, at, high = (f"{100 * x:.1f}%" for x in (row["range"][0], row["accuracy"],
+                                                     row["range"][1]))
+        svg += f'<line x1="{low}" x2="{high}" y1="{y}" y2="{y}" style="stroke:{row["color"]}"/>'
+        svg += dot(row, name, at, y)
+        svg += f'<text x="-12" y="{y + 4}" text-anchor="end">{escape(name)}</text>'
+        svg += f'<text x="100%" dx="12" y="{y + 4}">{row["accuracy"]:.3f}</text>'
+    return f'<div class="dots"><svg height="{bottom + 20}">{svg}</svg></div>'
+
+
+def scatter(rows):
+    """{setting: row}, accuracy by steps; a name is written where none is in its way on a phone."""
+    top, svg = 20 * math.ceil(max(row["steps"] for row in rows.values()) / 20) or 20, ""
+    for i in range(5):
+        y = 290 - 70 * i
+        svg += f'<line x1="0" x2="100%" y1="{y}" y2="{y}"/>'
+        svg += f'<text x="-8" y="{y + 4}" text-anchor="end">{i / 4:g}</text>'
+        svg += f'<text x="{25 * i}%" y="310" text-anchor="middle">{i * top // 4}</text>'
+    taken = []  # (left, right, y) of the names so far, in pixels of a chart 300 wide
+    for name, row in rows.items():
+        x = f"{100 * row['steps'] / top:.1f}%"
+        low, y, high = (round(290 - 280 * a, 1) for a in (row["range"][0], row["accuracy"],
+                                                          row["range"][1]))
+        svg += f'<line x1="{x}" x2="{x}" y1="{low}" y2="{high}" style="stroke:{row["color"]}"/>'
+        svg += dot(row, name, x, y)
+        at, width = 300 * row["steps"] / top, 6.5 * len(name)
+        left, anchor, dx = (at + 9, "start", 9) if at < 180 else (at - 9 - width, "end", -9)
+        if all(left > b or left + width < a or abs(y - other) > 12 for a, b, other in taken):
+            taken.append((left, left + width, y))
+            svg += f'<text x="{x}" dx="{dx}" y="{y + 4}" text-anchor="{anchor}">'
+            svg += escape(name) + "</text>"
+    return f'<div class="cloud"><svg height="316">{svg}</svg></div>'
+
+
+def sweep_page(rows, heads, text):
+    """sweep.html as text: one file, no script, no request.
+
+    rows  {setting: row}, all but `color`; heads: the columns of the table, what a row lacks is –
+    text  {state, notes}: sentences
+    """
+    groups, charts, key = {}, "", ""
+    for name, row in rows.items():
+        groups.setdefault(row["group"], {})[name] = row
+    for i, (group, mine) in enumerate(groups.items()):
+        for row in mine.values():
+            row["color"] = f"var(--c{i % COLORS})"
+        title = f'<b class="key" style="color:var(--c{i % COLORS})">{escape(group)}</b>'
+        reference = rows.get("default", {}).get("accuracy")
+        charts += f"<figure>{title}{dot_plot(mine, reference)}</figure>\n"
+        key += title + " "
+    figures = table({head: {name: row.get(head) for name, row in rows.items()} for head in heads})
+    return Template(SWEEP.read_text("utf-8")).substitute(
+        text, scatter=scatter(rows), key=key, charts=charts, table=figures)
