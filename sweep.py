@@ -53,20 +53,25 @@ SETTINGS = [
     ("top-10", "entries of α", "", "--top-k 10", ""),
     ("top-all", "entries of α", "", "--top-k 0", ""),
     ("noise-0", "Gumbel noise", "", "", "--noise 0"),
+    ("noise-0.25", "Gumbel noise", "", "", "--noise 0.25"),
     ("noise-0.5", "Gumbel noise", "", "", "--noise 0.5"),
     ("noise-1", "Gumbel noise", "", "", "--noise 1"),
     ("noise-2", "Gumbel noise", "", "", "--noise 2"),
     ("no-bag", "phase 1", "--bag 0", "", ""),
     ("no-follow", "phase 1", "--follow 0", "", ""),
-    ("plain-warm-up", "phase 1", "--mixed 0", "", ""),
-    ("local", "phase 1", "--local", "", ""),
+    ("encoder-first", "phase 1", "--encoder-first 200", "", ""),
+    ("no-LTIM", "masks", "--ltim off", "", ""),
+    ("no-LTSuM", "masks", "--ltsum off", "", ""),
+    ("local", "masks", "--ltsum local", "", ""),
+    ("hidden", "latents", "--latents hidden", "", ""),
+    ("from-explicit", "latents", "", "", "--start sft"),
     ("one-order", "orders told", "--as-told 1", "", ""),
     ("even-orders", "orders told", "--as-told 0.167", "", ""),
 ]
 # flags of train_sup that its warm-up does not read: settings that differ in these share it. A flag
 # that is missing here costs a warm-up of its own, and nothing else
-LATE = ("--baselines", "--steps", "--llm-lr", "--top-k", "--bag", "--bag-steps", "--follow",
-        "--local")
+LATE = ("--baselines", "--steps", "--chunk-size", "--top-k", "--bag", "--bag-steps", "--follow",
+        "--encoder-first", "--ltim", "--ltsum", "--latents")
 STAGES = {  # the script that a stage runs, and the files that it makes for later ones
     "warm-up": ("train_sup", ["sft.*"]),
     "phase-1": ("train_sup", ["sup.*"]),

@@ -123,8 +123,8 @@ def test_settings_share_what_they_agree_on(swept):
     names = {kind: sorted(path.name for path in (folder / kind).iterdir())
              for kind in sweep.STAGES}
     two = ["default", "train_sup-chunk-size-4"]
-    assert names["warm-up"] == names["phase-1"] == names["store"] == two
-    assert names["baselines"] == ["default"] and len(names["phase-3"]) == 4
+    assert names["warm-up"] == names["baselines"] == ["default"]
+    assert names["phase-1"] == names["store"] == two and len(names["phase-3"]) == 4
     warm_up, phase_1, noise = (folder / path for path in (
         "warm-up/default", "phase-1/default", "phase-3/train_latent-noise-0"))
     assert (warm_up / "sft.pt").samefile(phase_1 / "sft.pt")
@@ -213,8 +213,8 @@ def test_every_setting_has_flags_that_the_scripts_know():
 
 
 def test_flags_that_the_warm_up_does_not_read_are_left_out():
-    words = "--bag 0 --chunk-size 4 --local --mixed 0.5 --steps=3".split()
-    assert sweep.without(words, sweep.LATE) == "--chunk-size 4 --mixed 0.5".split()
+    words = "--bag 0 --as-told 1 --chunk-size 4 --ltsum local --lr 0.5 --steps=3".split()
+    assert sweep.without(words, sweep.LATE) == "--as-told 1 --lr 0.5".split()
 
 
 def test_the_rest_takes_as_long_as_what_is_done(tmp_path):
