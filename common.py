@@ -33,18 +33,20 @@ from model import GPT, GPT2, GPTConfig
 
 # ------------------------------------------------------------------------------- defaults and flags
 
-PRESETS = {  # the defaults that depend on --data; "gsm8k" serves everything but the toy task
+# The defaults that depend on --data; "gsm8k" serves everything but the toy task. The steps of
+# "latent" are for each token of a chunk: the more a latent token holds, the longer it takes.
+PRESETS = {
     "toy": dict(
         n_layer=3, n_head=8, n_embd=128, block_size=120,
-        batch_size=32, chunk_size=2, eval_every=250, noise=0.1,
+        batch_size=32, chunk_size=2, eval_every=500, noise=0.1,
         sft_steps=800, lr={"sup": 4e-3, "latent": 4e-3},
-        bag_steps=100, steps={"sup": 650, "latent": 1500},
+        bag_steps=100, steps={"sup": 650, "latent": 600},
     ),
     "gsm8k": dict(
         n_layer=4, n_head=4, n_embd=256, block_size=384,
         batch_size=16, chunk_size=2, eval_every=500, noise=1.0,
         sft_steps=2000, lr={"sup": 1e-3, "latent": 1e-3},
-        bag_steps=200, steps={"sup": 1000, "latent": 2000},
+        bag_steps=200, steps={"sup": 1000, "latent": 1000},
     ),
 }
 SHAPE = ("n_layer", "n_head", "n_embd", "block_size")
@@ -188,12 +190,15 @@ def fill_in_defaults(args, phase, parent):
     data = args.data or inherited.get("data", "toy")
     defaults = {"data": data, "data_dir": None, "cot": "steps", "easy": 0, "renumber": 0,
                 "as_told": toy.AS_TOLD, "seed": 0}
-    for field, value in PRESETS["toy" if data == "toy" else "gsm8k"].items():
+    preset = PRESETS["toy" if data == "toy" else "gsm8k"]
+    for field, value in preset.items():
         defaults[field] = value.get(phase) if isinstance(value, dict) else value
     defaults.update(inherited)
+    latent_steps = preset["steps"]["latent"] * (args.chunk_size or defaults["chunk_size"])
+    if phase == "latent":
+        defaults["steps"] = latent_steps
     if phase == "sup":
         defaults["top_k"] = 0
-        latent_steps = PRESETS["toy" if data == "toy" else "gsm8k"]["steps"]["latent"]
         trained = [defaults[f] if getattr(args, f) is None else getattr(args, f)
                    for f in ("sft_steps", "steps")]
         defaults["baseline_steps"] = sum(trained) + latent_steps
