@@ -174,7 +174,7 @@ def fill_in_defaults(args, phase, parent):
     """A flag that was not given is inherited from phase 1, or else the preset of --data has it."""
     inherited = {}
     if parent:
-        for field in (*INHERITED, "top_k", "model"):
+        for field in (*INHERITED, "top_k", "ltim", "model"):
             if field not in parent["config"]:
                 raise UserError(f"{args.out / 'sup.pt'} does not say its {field}: another version "
                                 "wrote it; run train_sup.py again, with --overwrite")

@@ -39,7 +39,7 @@ def choose_top_k(args, env):
         raise UserError(f"--top-k {K} contradicts {args.out}/sup.pt, whose z were made with "
                         f"{phase1}")
     model, vocabulary = env.parent["config"]["model"], env.tokenizer.n_ordinary
-    if model.get("hidden_latents"):
+    if model["hidden_latents"]:
         return model["n_embd"]  # a hidden state is kept whole, a channel an entry
     return min(K or vocabulary, vocabulary)
 

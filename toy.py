@@ -1,15 +1,15 @@
-"""The built-in task: grade-school word problems of seven or eight steps, made from a seed.
+"""The built-in task: grade-school word problems of eight or nine steps, made by a seeded generator.
 
     python toy.py            # print three problems
 
     Mia has 5 books and loses 1. Eva has 10 books and wins 2. Tom has 3 books and loses 1. They pool
     their books, drop 2, halve them and find 4. How many books do they have?
-    <<5-1=4>> <<10+2=12>> <<3-1=2>> <<4+12+2=18>> <<18-2=16>> <<16/2=8>> <<8+4=12>>
+    <<5-1=4>> <<10+2=12>> <<3-1=2>> <<4+12=16>> <<16+2=18>> <<18-2=16>> <<16/2=8>> <<8+4=12>>
 
-The first three steps are free: they can be taken in any order. Then they meet in one sum, whose
-terms stand in the order in which they were computed, and a chain of dependent steps follows. So a
-problem has 3! = 6 valid paths to its answer. One of them, drawn at random, is its chain of thought:
-with probability `as_told` the one in the order of the question, otherwise one of the other five.
+The first three steps are free: they can be taken in any order. Then their results are added up, in
+the order in which they were computed, and a chain of dependent steps follows. So a problem has
+3! = 6 valid paths to its answer. One of them, drawn at random, is its chain of thought: with
+probability `as_told` the one in the order of the question, otherwise one of the other five.
 """
 import random
 from itertools import permutations
@@ -80,8 +80,8 @@ def make(rng):
     paths = []
     for order in permutations(free):
         first = [f"<<{expression}={result}>>" for _, expression, result in order]
-        terms = "+".join(str(result) for _, _, result in order)
-        paths.append([*first, f"<<{terms}={total}>>", *links])
+        a, b, c = (result for _, _, result in order)
+        paths.append([*first, f"<<{a}+{b}={a + b}>>", f"<<{a + b}+{c}={total}>>", *links])
     return question, paths, str(value)
 
 
