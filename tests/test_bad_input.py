@@ -190,7 +190,7 @@ def test_top_k_beyond_the_vocabulary_is_all_of_it(tmp_path):
     ("train_sup", [*TINY, "--bag", 0.5, "--resume"], "bag = 1.0, here it is 0.5"),
     ("train_sup", [*TINY, "--baselines", "--seed", 1], "sft.pt was made with"),
     ("train_sup", [*TINY, "--baselines", "--as-told", 0.5], "sft.pt was made with"),
-    ("train_latent", ["--noise", 1, "--steps", 1, "--resume"], "noise = 0.25, here it is 1"),
+    ("train_latent", ["--noise", 1, "--steps", 1, "--resume"], "noise = 0.1, here it is 1"),
     ("compress", ["--batch-size", 4, "--resume"], "batch_size = "),
     ("analyze", ["--limit", 0], "--limit 0"),
     ("train_latent", ["--seed", 1, "--overwrite"], "contradicts"),

@@ -158,8 +158,10 @@ def test_the_table_says_what_the_reports_say(swept):
                 "paths": sum(orders) / len(orders)}
     for head, figure in expected.items():
         assert row[head] == sweep.cell(figure), head
-    seconds = sum(common.read_json(path)["seconds"] for kind in ("warm-up", "phase-1", "store",
-                  "phase-3") for path in out.glob(f"seed-0/{kind}/*chunk-size-4/stage.json"))
+    made_by = ["warm-up/default", *(f"{kind}/train_sup-chunk-size-4" for kind in (
+        "phase-1", "store", "phase-3"))]
+    seconds = sum(common.read_json(out / "seed-0" / folder / "stage.json")["seconds"]
+                  for folder in made_by)
     assert row["seconds"] == str(round(seconds))
     report = report_of(out, 0, "train_sup-baselines")
     assert rows["no-CoT"]["steps"] == sweep.cell(report["steps"]["no_cot"])
