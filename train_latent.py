@@ -68,7 +68,7 @@ def train_latent(llm, store, train, val, args, env):
     caps = train.caps(c)
     train.make_buckets(chain_slots=1 / c)
     forward = common.compiled(hidden_loss if llm.config.hidden_latents else latent_loss, args)
-    optimizer, parameters = common.adamw({llm: args.lr}, env.device)
+    optimizer = common.Optimizer({llm: args.lr}, env.device)
     run = common.Run("latent", args, env, {"llm": llm}, optimizer, train, args.steps,
                      depends=("chunk_size", "noise", "start", "encoder", "store_top_k"))
     for step in run:
@@ -82,12 +82,12 @@ def train_latent(llm, store, train, val, args, env):
             exp, lat = forward(llm, seq, values, ids, noise)
         loss = exp + lat
         loss.backward()
-        common.average_gradients(parameters, env.world)
-        norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        common.average_gradients(optimizer.parameters, env.world)
+        norm = torch.nn.utils.clip_grad_norm_(optimizer.parameters, 1.0)
         for group in optimizer.param_groups:
             group["lr"] = group["peak_lr"] * common.schedule(step, args.steps)
         optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        optimizer.zero_grad()
         run.log(loss=loss, exp=exp, lat=lat, norm=norm)
         if run.evaluates:
             result = evaluate(llm, val, env, "latent", caps, chunk_size=c, top_k=store.top_k)

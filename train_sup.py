@@ -99,7 +99,7 @@ def train_explicit(name, llm, train, val, steps, args, env):
     caps = train.caps(args.chunk_size)
     train.make_buckets(chain_slots=1)
     forward = common.compiled(explicit_loss, args)
-    optimizer, parameters = common.adamw({llm: args.lr}, env.device)
+    optimizer = common.Optimizer({llm: args.lr}, env.device)
     run = common.Run(name, args, env, {"llm": llm}, optimizer, train, steps)
     for step in run:
         batch = train.train_batch(step, args.batch_size, args.seed, env.rank, env.world)
@@ -107,12 +107,12 @@ def train_explicit(name, llm, train, val, steps, args, env):
         with env.autocast():
             loss = forward(llm, seq)
         loss.backward()
-        common.average_gradients(parameters, env.world)
-        norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        common.average_gradients(optimizer.parameters, env.world)
+        norm = torch.nn.utils.clip_grad_norm_(optimizer.parameters, 1.0)
         for group in optimizer.param_groups:
             group["lr"] = group["peak_lr"] * common.schedule(step, steps)
         optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        optimizer.zero_grad()
         run.log(loss=loss, norm=norm)
         if run.evaluates:
             run.save(evaluate(llm, val, env, "text", caps)["accuracy"])
@@ -127,7 +127,7 @@ def train_superposition(encoder, llm, train, val, args, env):
     train.make_buckets(chain_slots=1.5 + 1 / c)
     forward_bag = common.compiled(bag_loss, args)
     forward = common.compiled(sup_loss, args)
-    optimizer, parameters = common.adamw({encoder: args.lr, llm: args.lr}, env.device)
+    optimizer = common.Optimizer({encoder: args.lr, llm: args.lr}, env.device)
     bag_steps = args.bag_steps if args.bag else 0
     models = {"encoder": encoder, "llm": llm}
     run = common.Run("sup", args, env, models, optimizer, train, steps, depends=(
@@ -152,12 +152,12 @@ def train_superposition(encoder, llm, train, val, args, env):
         loss.backward()
         if step < bag_steps + args.encoder_first:
             llm.zero_grad(set_to_none=True)  # without a gradient it stays as it is
-        common.average_gradients(parameters, env.world)
-        norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        common.average_gradients(optimizer.parameters, env.world)
+        norm = torch.nn.utils.clip_grad_norm_(optimizer.parameters, 1.0)
         for group in optimizer.param_groups:
             group["lr"] = group["peak_lr"] * rate
         optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        optimizer.zero_grad()
         run.log(loss=loss, sup=sup, bag=kl, norm=norm)
         if run.evaluates:
             gold, rest = (evaluate(llm, val, env, thought, caps, encoder, c, args.top_k)["accuracy"]

@@ -177,9 +177,9 @@ class Bench:
         for name in TRAINING:
             models = [self.encoder, self.llm] if name == "phase 1" else [self.llm]
             self.forwards[name] = common.compiled(losses[name], args)
-            self.optimizers[name] = common.adamw(dict.fromkeys(models, args.lr), self.env.device)
+            self.optimizers[name] = common.Optimizer(dict.fromkeys(models, args.lr), self.env.device)
             self.runs[name] = common.Run(name, args, self.env, {"llm": self.llm},
-                                         self.optimizers[name][0], self.problems, 10 ** 6)
+                                         self.optimizers[name], self.problems, 10 ** 6)
             self.runs[name].bar = tqdm(disable=True)
 
     def draw_batches(self, name):
@@ -217,15 +217,15 @@ class Bench:
             return dict(loss=exp + lat, exp=exp, lat=lat)
 
     def update(self, name, batch):
-        run, (optimizer, parameters) = self.runs[name], self.optimizers[name]
+        run, optimizer = self.runs[name], self.optimizers[name]
         losses = self.losses(name, self.inputs(name, batch))
         losses["loss"].backward()
-        common.average_gradients(parameters, self.env.world)
-        norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        common.average_gradients(optimizer.parameters, self.env.world)
+        norm = torch.nn.utils.clip_grad_norm_(optimizer.parameters, 1.0)
         for group in optimizer.param_groups:
             group["lr"] = group["peak_lr"] * common.schedule(run.step, run.steps)
         optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        optimizer.zero_grad()
         run.log(**losses, norm=norm)
 
     # the jobs

@@ -239,7 +239,7 @@ def test_a_loop_checks_only_what_made_it(tmp_path, monkeypatch, flags, says):
 
 
 @pytest.mark.parametrize("flags, says", [
-    (["--as-told", "0.5"], "as_told = 0.8, here it is 0.5"),
+    (["--as-told", "0.5"], "as_told = 0.9, here it is 0.5"),
     (["--lr", "0.1"], "lr = .*, here it is 0.1"),
 ], ids=["as-told", "lr"])
 def test_a_loop_checks_all_that_made_it(tmp_path, monkeypatch, flags, says):
