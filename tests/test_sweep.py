@@ -29,8 +29,10 @@ SETTINGS = [
 ]
 FLAGS = ["--smoke", "--jobs", "2", "--sup=--sft-steps 120 --steps 120 --eval-every 10"]
 START = f"""
+import signal
 import common, sweep
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # the shell may have had it ignored
 sweep.SETTINGS = {SETTINGS}
 common.start(sweep.main)
 """
