@@ -16,7 +16,7 @@ import data
 import toy
 from conftest import ROOT, easy_file
 from data import TOY_SIZE, Problems, UserError, load, numbers, split_of, to_number
-from encoder import (Layout, chunk_bags, draw_chunk, encoder_batch, explicit_batch, latent_batch,
+from encoder import (Layout, draw_chunk, encoder_batch, explicit_batch, latent_batch,
                      llm_batch)
 
 SAMPLE = ROOT / "tests" / "sample.jsonl"
