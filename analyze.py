@@ -26,7 +26,7 @@ parallelism        problems, paths (mean number); encoder, latent: {n_eff, above
 collapse           accuracy, interval of {own, top 1, top c, first path, last path}: the latent
                    model thinks in its own z, or in z of q's largest entries or of one path's
                    tokens alone
-curves             {sft, sup, latent, explicit, no_cot: {step, score, loss}}: see read_curve
+curves             {sft, sup, latent, explicit, no_cot: {step, score, loss}}: see common.read_curve
 shape              token_norm {low, mean, high}, of the ordinary tokens' embeddings, 5 and 95 %;
                    encoder, latent: {count, entropy, top1, norm, cosine}: see metrics.shape
 
@@ -263,8 +263,7 @@ def load_baselines(args, env):
             print(f"left out: there is no {path}{hint}")
             continue
         checkpoints[file] = common.load_checkpoint(path)
-        fields = ("data", "cot", "easy", "renumber", "as_told", "seed")
-        same = {field: env.config[field] for field in fields}
+        same = {field: env.config[field] for field in common.PROBLEMS}
         common.require_same(path, checkpoints[file]["config"], **same)
     return checkpoints
 
@@ -304,37 +303,6 @@ def pictures(setting, chains, bag):
         html.append(picture(setting.problems.problems[row], text.removeprefix("<eot>"), right,
                             strips, unfold=not html))
     return html
-
-
-def read_curve(path):
-    """{step, score, loss} of a loop's log: lists, one entry an evaluation; None without any.
-
-    score: the validation score; loss: the mean over the updates since the evaluation before.
-    """
-    curve, losses = {"step": [], "score": [], "loss": []}, []
-    for line in path.read_text("utf-8", "replace").splitlines():
-        row = json.loads(line)
-        if "loss" in row:
-            losses.append(row["loss"])
-        elif "score" in row:
-            curve["step"].append(row["step"])
-            curve["score"].append(row["score"])
-            curve["loss"].append(sum(losses) / max(1, len(losses)))
-            losses = []
-    return curve if curve["step"] else None
-
-
-def read_curves(out):
-    """{loop: its curve} of the loops whose log is in the folder `out`."""
-    curves = {}
-    for name in ("sft", "sup", "latent", "explicit", "no_cot"):
-        path = out / f"{name}.jsonl"
-        try:
-            curves[name] = read_curve(path) if path.is_file() else None
-        except (ValueError, KeyError, TypeError):
-            print(f"no learning curve of {name}: {path} is damaged")
-            curves[name] = None
-    return {name: curve for name, curve in curves.items() if curve}
 
 
 def rounded(report):
@@ -400,7 +368,7 @@ def main(argv=None):
     report, chains, bag = measure(setting, checkpoints, paths, top_k, args.seed)
     configs = {file: checkpoint["config"] for file, checkpoint in checkpoints.items()}
     report["config"] = {"analyze": env.config, **configs}
-    report["curves"] = read_curves(args.out)
+    report["curves"] = common.read_curves(args.out)
 
     # write
     report = rounded(report)

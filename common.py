@@ -50,9 +50,9 @@ PRESETS = {
     ),
 }
 SHAPE = ("n_layer", "n_head", "n_embd", "block_size")
+PROBLEMS = ("data", "cot", "easy", "renumber", "as_told", "seed")  # they decide what these are
 # what a later phase takes over from phase 1, and may not contradict
-INHERITED = ("data", "data_dir", "cot", "easy", "renumber", "as_told", "seed", "chunk_size",
-             *SHAPE)
+INHERITED = (*PROBLEMS, "data_dir", "chunk_size", *SHAPE)
 
 
 def parser(doc, phase):
@@ -560,8 +560,7 @@ class Run:
                <name>.jsonl
     """
 
-    DEPENDS = ("data", "tokenizer", "cot", "easy", "renumber", "as_told", "seed",
-               "batch_size", "lr", "model", "fingerprint")
+    DEPENDS = (*PROBLEMS, "tokenizer", "batch_size", "lr", "model", "fingerprint")
 
     def __init__(self, name, args, env, models, optimizer, problems, steps, depends=()):
         self.name, self.args, self.env, self.steps = name, args, env, steps
@@ -683,3 +682,34 @@ class Run:
         if self.env.world > 1:
             dist.barrier()  # until rank 0 has written it
         return build(load_checkpoint(self.path), name, self.env.device)
+
+
+def read_curve(path):
+    """{step, score, loss} of a loop's log: lists, one entry an evaluation; None without any.
+
+    score: the validation score; loss: the mean over the updates since the evaluation before.
+    """
+    curve, losses = {"step": [], "score": [], "loss": []}, []
+    for line in path.read_text("utf-8", "replace").splitlines():
+        row = json.loads(line)
+        if "loss" in row:
+            losses.append(row["loss"])
+        elif "score" in row:
+            curve["step"].append(row["step"])
+            curve["score"].append(row["score"])
+            curve["loss"].append(sum(losses) / max(1, len(losses)))
+            losses = []
+    return curve if curve["step"] else None
+
+
+def read_curves(out):
+    """{loop: its curve} of the loops whose log is in the folder `out`."""
+    curves = {}
+    for name in ("sft", "sup", "latent", "explicit", "no_cot"):
+        path = out / f"{name}.jsonl"
+        try:
+            curves[name] = read_curve(path) if path.is_file() else None
+        except (ValueError, KeyError, TypeError):
+            print(f"no learning curve of {name}: {path} is damaged")
+            curves[name] = None
+    return {name: curve for name, curve in curves.items() if curve}

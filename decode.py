@@ -164,16 +164,19 @@ def prompt_of(rows, llm, z, device):
 
 
 def summaries(llm, encoder, batch, env, c, top_k):
-    """The encoder's summaries of the true chains: (z float (B, N, C), n int64 array (B,))."""
+    """The encoder's summaries of the true chains: (α, z, n).
+
+    α float32 (B, N, n_ordinary), z float (B, N, C) in the embeddings of `llm`, n int64 array (B,).
+    """
     layout = encoder_batch(batch, c, env.tokenizer.sum).to(env.device)
     hidden = summary_states(encoder, layout)  # (B, N, C)
-    _, z = latents_of(encoder, hidden, llm.wte.weight, env.tokenizer.n_ordinary, top_k)
-    return z, layout.n.cpu().numpy()
+    alpha, z = latents_of(encoder, hidden, llm.wte.weight, env.tokenizer.n_ordinary, top_k)
+    return alpha, z, layout.n.cpu().numpy()
 
 
 def gold_prompt(llm, encoder, batch, env, c, top_k):
     """X <bot> z₀ … z_{n-1} <eot>, the summaries of all chunks: only the answer is to write."""
-    z, n = summaries(llm, encoder, batch, env, c, top_k)
+    _, z, n = summaries(llm, encoder, batch, env, c, top_k)
     return latents_prompt(llm, batch, z, n, c, [env.tokenizer.eot], env.device)
 
 
@@ -182,7 +185,7 @@ def continuation_prompt(llm, encoder, batch, env, c, top_k):
 
     k is the problem's number modulo n + 1, so that all of 0 … n occur in a split.
     """
-    z, n = summaries(llm, encoder, batch, env, c, top_k)
+    _, z, n = summaries(llm, encoder, batch, env, c, top_k)
     return latents_prompt(llm, batch, z, batch.rows % (n + 1), c, [], env.device)
 
 

@@ -43,7 +43,7 @@ def bag_kl(alpha, bag, n):
     count = (bag[:, :, :, None] == bag[:, :, None, :]).sum(3)                  # (B, N, c)
     log_bag = (count / size[:, :, None]).log()                                 # (B, N, c)
     kl = (log_bag - log_alpha).where(real, 0).sum(2) / size                    # (B, N)
-    return (kl.sum(1) / n.clamp(min=1)).mean()
+    return mean_over_latents(kl, n)
 
 
 def gumbel_noise(seed, step, shape, scale=1.0):
@@ -69,9 +69,7 @@ def latent_kl(p, ids, logits, n):
     """
     logits = logits.float()
     log_q = logits.gather(2, ids) - logits.logsumexp(2, keepdim=True)          # (B, N, K)
-    kl = (torch.xlogy(p, p) - p * log_q).sum(2)                                # (B, N)
-    real = torch.arange(kl.size(1), device=kl.device) < n[:, None]             # (B, N)
-    return (kl.where(real, 0).sum(1) / n.clamp(min=1)).mean()
+    return mean_over_latents((torch.xlogy(p, p) - p * log_q).sum(2), n)
 
 
 def latent_mse(hidden, target, n):
@@ -79,6 +77,10 @@ def latent_mse(hidden, target, n):
 
     hidden, target (B, N, C); n (B,).
     """
-    error = (hidden.float() - target).square().mean(2)                         # (B, N)
-    real = torch.arange(error.size(1), device=error.device) < n[:, None]       # (B, N)
-    return (error.where(real, 0).sum(1) / n.clamp(min=1)).mean()
+    return mean_over_latents((hidden.float() - target).square().mean(2), n)
+
+
+def mean_over_latents(loss, n):
+    """The mean of loss (B, N) over a row's n latents, then over the batch; n (B,)."""
+    real = torch.arange(loss.size(1), device=loss.device) < n[:, None]         # (B, N)
+    return (loss.where(real, 0).sum(1) / n.clamp(min=1)).mean()

@@ -13,8 +13,8 @@ import numpy as np
 import torch
 
 from data import Problems
-from decode import evaluate, latents_prompt
-from encoder import count_chunks, encoder_batch, latents_of, summary_states
+from decode import evaluate, latents_prompt, summaries
+from encoder import count_chunks
 
 RECORDED = 300         # entries of each α that are recorded, the largest ones
 FEW, POINTS = 128, 25  # a curve decodes anew at every point: its problems and points at most
@@ -104,10 +104,8 @@ def record_summaries(setting, llm, encoder, top_k):
     batch_size = -(-setting.batch_size // 8)  # few, since α of (B, N, V) is large for GPT-2's V
     for batch in problems.eval_batches(batch_size, setting.R):
         with env.autocast():
-            layout = encoder_batch(batch, setting.c, env.tokenizer.sum).to(env.device)
-            hidden = summary_states(encoder, layout)                      # (B, N, C)
-            alpha, z = latents_of(encoder, hidden, llm.wte.weight, env.tokenizer.n_ordinary, top_k)
-        rows = torch.from_numpy(batch.rows)[:, None]                      # (B, 1)
+            alpha, z, _ = summaries(llm, encoder, batch, env, setting.c, top_k)
+        rows = torch.from_numpy(batch.rows)[:, None]  # (B, 1)
         store(latents, rows, torch.arange(alpha.size(1)), alpha, z)
     return latents
 

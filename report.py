@@ -317,13 +317,13 @@ def sweep_page(rows, heads, text):
     text  {state, notes}: sentences
     """
     groups, charts, key = {}, "", ""
+    reference = rows.get("default", {}).get("accuracy")
     for name, row in rows.items():
         groups.setdefault(row["group"], {})[name] = row
     for i, (group, mine) in enumerate(groups.items()):
         for row in mine.values():
             row["color"] = f"var(--c{i % COLORS})"
         title = f'<b class="key" style="color:var(--c{i % COLORS})">{escape(group)}</b>'
-        reference = rows.get("default", {}).get("accuracy")
         charts += f"<figure>{title}{dot_plot(mine, reference)}</figure>\n"
         key += title + " "
     figures = table({head: {name: row.get(head) for name, row in rows.items()} for head in heads})

@@ -37,7 +37,6 @@ import torch
 
 import common
 import data
-from analyze import read_curves
 from data import UserError
 from report import cell, sweep_page
 
@@ -231,7 +230,7 @@ def outcome(folder, stage):
         accuracy = common.read_json(folder / "report.json")["accuracy"]["latent"]
         return f", latent accuracy {accuracy:.3f}"
     _, made = STAGES[stage.kind]
-    curves = read_curves(folder)
+    curves = common.read_curves(folder)
     scores = [f"{max(curves[loop]['score']):.3f}" for loop in curves if f"{loop}.*" in made]
     return ", validation " + " and ".join(scores) if scores else ""
 

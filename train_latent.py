@@ -30,6 +30,16 @@ def add_flags(p):
 
 # ----------------------------------------------------------------------------------------- the idea
 
+def read_chain(llm, seq, z):
+    """One causal pass over the chain z (B, N, C): its hidden states (B, N + P, C).
+
+    The first N predict the z, the others <eot> Ans.
+    """
+    x = insert_latents(llm.wte(seq.ids), z, seq.latent)                        # (B, T, C)
+    index = torch.cat([seq.summary_index, seq.predict_index], 1)               # (B, N + P)
+    return llm(x, seq.pos, index=index)
+
+
 def latent_loss(llm, seq, values, ids, noise):
     """Phase 3: (L_exp, L_lat), one causal pass over X <bot> z₀ … z_{n-1} <eot> Ans.
 
@@ -39,9 +49,7 @@ def latent_loss(llm, seq, values, ids, noise):
     N = seq.summary_index.size(1)
     p = gumbel_perturb(values, noise)                                          # (B, N, K)
     z = superpose_sparse(p, ids, llm.wte.weight)                               # (B, N, C)
-    x = insert_latents(llm.wte(seq.ids), z, seq.latent)                        # (B, T, C)
-    index = torch.cat([seq.summary_index, seq.predict_index], 1)               # (B, N + P)
-    logits = llm.head(llm(x, seq.pos, index=index))                            # (B, N + P, V)
+    logits = llm.head(read_chain(llm, seq, z))                                 # (B, N + P, V)
     exp = weighted_nll(logits[:, N:], seq.target, seq.loss_weight)
     return exp, latent_kl(p, ids, logits[:, :N], seq.n)
 
@@ -52,10 +60,7 @@ def hidden_loss(llm, seq, values, ids, noise):
     values float32 (B, N, C): the encoder's hidden states, input and target; no ids and no noise.
     """
     N = seq.summary_index.size(1)
-    z = fed_hidden(values, llm.wte.weight)                                     # (B, N, C)
-    x = insert_latents(llm.wte(seq.ids), z, seq.latent)                        # (B, T, C)
-    index = torch.cat([seq.summary_index, seq.predict_index], 1)               # (B, N + P)
-    hidden = llm(x, seq.pos, index=index)                                      # (B, N + P, C)
+    hidden = read_chain(llm, seq, fed_hidden(values, llm.wte.weight))          # (B, N + P, C)
     exp = weighted_nll(llm.head(hidden[:, N:]), seq.target, seq.loss_weight)
     return exp, latent_mse(hidden[:, :N], values, seq.n)
 

@@ -168,8 +168,7 @@ def train_superposition(encoder, llm, train, val, args, env):
 def train_baselines(llm, train, val, args, env):
     """Explicit and no chain of thought, with as many updates as latent reasoning has in all."""
     sft = common.load_checkpoint(args.out / "sft.pt")
-    fields = ("data", "cot", "easy", "renumber", "as_told", "seed")
-    same = {field: env.config[field] for field in fields}
+    same = {field: env.config[field] for field in common.PROBLEMS}
     common.require_same(args.out / "sft.pt", sft["config"], **same, fingerprint=train.fingerprint)
     explicit = common.build(sft, "llm", env.device)
     steps = max(0, args.baseline_steps - sft["config"]["sft_steps"])

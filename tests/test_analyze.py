@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import analyze
+import common
 import compress
 import data
 import probes
@@ -246,7 +247,7 @@ def test_a_learning_curve_is_what_the_log_says(tmp_path, capsys):
     (tmp_path / "sft.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "sup.jsonl").write_text("")
     (tmp_path / "latent.jsonl").write_text('{"step": 1, "lo')
-    curves = analyze.read_curves(tmp_path)
+    curves = common.read_curves(tmp_path)
     assert curves == {"sft": {"step": [2, 3], "score": [0.5, 0.75], "loss": [3.0, 1.0]}}
     assert "latent.jsonl is damaged" in capsys.readouterr().out
 
