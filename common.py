@@ -37,9 +37,9 @@ from model import GPT, GPT2, GPTConfig
 # "latent" are for each token of a chunk: the more a latent token holds, the longer it takes.
 PRESETS = {
     "toy": dict(
-        n_layer=3, n_head=8, n_embd=128, block_size=120,
+        n_layer=3, n_head=8, n_embd=128, block_size=128,
         batch_size=32, chunk_size=2, eval_every=200, noise=0.1,
-        sft_steps=400, lr={"sup": 4e-3, "latent": 4e-3},
+        sft_steps=500, lr={"sup": 4e-3, "latent": 4e-3},
         bag_steps=60, steps={"sup": 400, "latent": 250},
     ),
     "gsm8k": dict(

@@ -1,4 +1,4 @@
-"""The built-in task: grade-school word problems of eight or nine steps, made by a seeded generator.
+"""The built-in task: grade-school word problems of eight or ten steps, made by a seeded generator.
 
     python toy.py            # print three problems
 
@@ -18,8 +18,8 @@ NAMES = "Ann Ben Eva Leo Mia Sam Tom Zoe".split()
 THINGS = "apples beads books cards coins eggs pens shells".split()
 GAIN = ["buy", "find", "get", "win"]
 LOSS = ["drop", "lose", "sell", "use"]
-TOP = 20        # no value is larger: arithmetic is a small table, and the steps are what is hard
-LINKS = (3, 4)  # the fewest and the most dependent steps after the sum
+TOP = 20          # no value is larger: arithmetic is a small table, and the steps are what is hard
+CLAUSES = (1, 2)  # the fewest and the most after the sum
 AS_TOLD = 0.9
 
 
@@ -42,21 +42,50 @@ def free_steps(rng, things):
             return steps
 
 
-def next_step(rng, value, done):
-    """One link of the chain that follows the sum: (clause, operation, result).
+def draw_change(rng):
+    """What a clause does with the number of things: (words, operation)."""
+    k = rng.randint(1, 4)
+    return rng.choice([(f"{rng.choice(GAIN)} {k}", f"+{k}"), (f"{rng.choice(LOSS)} {k}", f"-{k}"),
+                       ("double them", "*2"), ("halve them", "/2")])
 
-    No operation comes twice: it would be open which of the two clauses a step has taken.
+
+def draw_links(rng, total, count):
+    """What they do with the sum, in `count` clauses and a rule: (clauses, rule, steps, result).
+
+    The rule is applied to the sum and after each clause. What it does depends on whether the number
+    is even, so that the answer is not a weighted sum of the numbers in the question.
     """
     while True:
-        k = rng.randint(1, 4)
-        clause, operation, result = rng.choice([
-            (f"{rng.choice(GAIN)} {k}", f"+{k}", value + k),
-            (f"{rng.choice(LOSS)} {k}", f"-{k}", value - k),
-            ("double them", "*2", value * 2),
-            ("halve them", "/2", value / 2),
-        ])
-        if operation not in done and result == int(result) and 1 <= result <= TOP:
-            return clause, operation, int(result)
+        clauses = [draw_change(rng) for _ in range(count)]
+        (even, if_even), (odd, if_odd) = rule = draw_change(rng), draw_change(rng)
+        if len({operation for _, operation in clauses}) < count:
+            continue  # it would be open which of the two clauses a step has taken
+        if if_odd == "/2" or if_odd[0] == if_even[0]:
+            continue
+        todo = [rule]
+        for clause in clauses:
+            todo += [(clause, clause), rule]
+        steps, result = take_steps(total, todo)
+        if result:
+            clauses = " and ".join(words for words, _ in clauses)
+            return clauses, f"if even {even}, else {odd}", steps, result
+
+
+def take_steps(value, todo):
+    """([step, …], result) of changes, each a pair: for an even and an odd number of things.
+
+    The result is None where some value is not a whole number in 1 … TOP.
+    """
+    steps = []
+    for if_even, if_odd in todo:
+        _, operation = if_odd if value % 2 else if_even
+        sign, k = operation[0], int(operation[1:])
+        result = {"+": value + k, "-": value - k, "*": value * k, "/": value / k}[sign]
+        if result not in range(1, TOP + 1):
+            return steps, None
+        steps.append(f"<<{value}{operation}={int(result)}>>")
+        value = int(result)
+    return steps, value
 
 
 def make(rng):
@@ -66,23 +95,17 @@ def make(rng):
     """
     things = rng.choice(THINGS)
     free = free_steps(rng, things)
-    total = value = sum(value for _, _, value in free)
-    clauses, operations, links = [], [], []
-    for _ in range(rng.randint(*LINKS)):
-        clause, operation, result = next_step(rng, value, operations)
-        clauses.append(clause)
-        operations.append(operation)
-        links.append(f"<<{value}{operation}={result}>>")
-        value = result
+    total = sum(value for _, _, value in free)
+    clauses, rule, links, answer = draw_links(rng, total, rng.randint(*CLAUSES))
     told = " ".join(sentence for sentence, _, _ in free)
-    clauses = ", ".join(clauses[:-1]) + " and " + clauses[-1]
-    question = f"{told} They pool their {things}, {clauses}. How many {things} do they have?"
+    question = (f"{told} They pool their {things}, {clauses}. After each, {rule}. "
+                f"How many {things} do they have?")
     paths = []
     for order in permutations(free):
         first = [f"<<{expression}={result}>>" for _, expression, result in order]
         a, b, c = (result for _, _, result in order)
         paths.append([*first, f"<<{a}+{b}={a + b}>>", f"<<{a + b}+{c}={total}>>", *links])
-    return question, paths, str(value)
+    return question, paths, str(answer)
 
 
 def problems(seed, count, wanted, as_told=AS_TOLD):
