@@ -2,14 +2,21 @@
 
     python toy.py            # print three problems
 
-    Mia has 5 books and loses 1. Eva has 10 books and wins 2. Tom has 3 books and loses 1. They pool
-    their books, drop 2, halve them and find 4. How many books do they have?
-    <<5-1=4>> <<10+2=12>> <<3-1=2>> <<4+12=16>> <<16+2=18>> <<18-2=16>> <<16/2=8>> <<8+4=12>>
+    Mia has 5 books and loses 1. Eva has 10 books and wins 4. Tom has 2 books and loses 1. They pool
+    their books, halve them and double them. After each, if even halve them, else drop 1. How many
+    books do they have?
+    <<5-1=4>> <<10+4=14>> <<2-1=1>> <<4+14=18>> <<18+1=19>>
+    <<19-1=18>> <<18/2=9>> <<9-1=8>> <<8*2=16>> <<16/2=8>>
 
 The first three steps are free: they can be taken in any order. Then their results are added up, in
-the order in which they were computed, and a chain of dependent steps follows. So a problem has
-3! = 6 valid paths to its answer. One of them, drawn at random, is its chain of thought: with
-probability `as_told` the one in the order of the question, otherwise one of the other five.
+the order in which they were computed. What follows is a chain: a rule is applied to the sum, and
+again after each of one or two clauses. What the rule does depends on whether the number is even:
+without it the answer would be a weighted sum of the question's numbers, which a model can learn to
+compute without any steps.
+
+So a problem has 3! = 6 valid paths to its answer. One of them, drawn at random, is its chain of
+thought: with probability `as_told` the one in the order of the question, otherwise one of the other
+five.
 """
 import random
 from itertools import permutations
@@ -67,7 +74,7 @@ def draw_links(rng, total, count):
             todo += [(clause, clause), rule]
         steps, result = take_steps(total, todo)
         if result:
-            clauses = " and ".join(words for words, _ in clauses)
+            clauses = "".join(f", {words}" for words, _ in clauses[:-1]) + " and " + clauses[-1][0]
             return clauses, f"if even {even}, else {odd}", steps, result
 
 
@@ -98,7 +105,7 @@ def make(rng):
     total = sum(value for _, _, value in free)
     clauses, rule, links, answer = draw_links(rng, total, rng.randint(*CLAUSES))
     told = " ".join(sentence for sentence, _, _ in free)
-    question = (f"{told} They pool their {things}, {clauses}. After each, {rule}. "
+    question = (f"{told} They pool their {things}{clauses}. After each, {rule}. "
                 f"How many {things} do they have?")
     paths = []
     for order in permutations(free):
