@@ -44,6 +44,7 @@ SETTINGS = [
     # name, group, flags of train_sup, of compress, of train_latent
     ("default", "default", "", "", ""),
     ("baselines", "baselines", "--baselines", "", ""),
+    ("baselines-c=4", "baselines", "--baselines --chunk-size 4", "", ""),  # more updates
     ("c=1", "chunk size", "--chunk-size 1", "", ""),
     ("c=4", "chunk size", "--chunk-size 4", "", ""),
     ("c=8", "chunk size", "--chunk-size 8", "", ""),
@@ -149,6 +150,7 @@ def plan(settings, seeds, extra, out):
         for name, _, *texts in settings:
             sup, compress, latent = map(shlex.split, texts)
             early = {"train_sup": without(sup, LATE)}
+            budget = {"train_sup": without(sup, set(LATE) - {"--chunk-size"})}
             flags = {"train_sup": without(sup, ["--baselines"])}
             seeded = "--seed", str(seed)
             warm_up = stage("warm-up", [], early, *seeded, "--steps", "0")
@@ -159,7 +161,7 @@ def plan(settings, seeds, extra, out):
             phase_3 = stage("phase-3", [warm_up, phase_1, store], flags)
             needs = [warm_up, phase_1, phase_3]
             if "--baselines" in sup:
-                needs += [stage("baselines", [warm_up], early, *seeded, "--baselines")]
+                needs += [stage("baselines", [warm_up], budget, *seeded, "--baselines")]
             analyses[name, seed] = stage("analysis", needs, {**flags, "train_sup": sup})
     return stages, analyses
 
@@ -367,7 +369,9 @@ def write_results(stages, analyses, records, args):
     for name, group, *flags in args.settings:
         folders = [analyses[name, seed] for seed in args.seeds]
         folders = [folder for folder in folders if records[folder]["done"]]
-        ways = BASELINES if "--baselines" in flags[0] else {name: "latent"}
+        ways = {name: "latent"}
+        if "--baselines" in flags[0]:
+            ways = {row + name.removeprefix("baselines"): way for row, way in BASELINES.items()}
         for label, way in ways.items() if folders else ():
             page = folders[0].relative_to(args.out) / "report.html"
             rows[label] = {"group": group, "flags": in_words(flags), "page": page.as_posix(),

@@ -26,6 +26,7 @@ SETTINGS = [
     ("noise-0", "phase 3", "", "", "--noise 0"),
     ("c=4", "chunk size", "--chunk-size 4", "", ""),
     ("baselines", "baselines", "--baselines", "", ""),
+    ("baselines-c=4", "baselines", "--baselines --chunk-size 4", "", ""),
 ]
 FLAGS = ["--smoke", "--jobs", "2", "--sup=--sft-steps 120 --steps 120 --eval-every 10"]
 START = f"""
@@ -125,8 +126,8 @@ def test_settings_share_what_they_agree_on(swept):
     names = {kind: sorted(path.name for path in (folder / kind).iterdir())
              for kind in sweep.STAGES}
     two = ["default", "train_sup-chunk-size-4"]
-    assert names["warm-up"] == names["baselines"] == ["default"]
-    assert names["phase-1"] == names["store"] == two and len(names["phase-3"]) == 4
+    assert names["warm-up"] == ["default"]
+    assert names["phase-1"] == names["store"] == names["baselines"] == two and len(names["phase-3"]) == 4
     warm_up, phase_1, noise = (folder / path for path in (
         "warm-up/default", "phase-1/default", "phase-3/train_latent-noise-0"))
     assert (warm_up / "sft.pt").samefile(phase_1 / "sft.pt")
@@ -142,7 +143,8 @@ def test_a_setting_that_fails_is_told_in_a_line_and_stops_no_other(swept):
     assert len(lines) == 1 and lines[0].startswith("broken, seed 0: phase-3 FAILED after ")
     assert "was made with top_k = 50, here it is 7" in lines[0]
     assert lines[0].endswith("needed by broken")
-    assert list(rows_of(out)) == ["default", "noise-0", "c=4", "explicit", "no-CoT"]
+    assert list(rows_of(out)) == ["default", "noise-0", "c=4", "explicit", "no-CoT", "explicit-c=4",
+                                "no-CoT-c=4"]
 
 
 def test_the_table_says_what_the_reports_say(swept):
@@ -176,8 +178,8 @@ def test_the_page_is_whole_and_asks_for_nothing(swept):
     page = Page(html)
     assert page.open == [] and "$" not in html and "http" not in html
     assert "script" not in page.tags and "link" not in page.tags
-    assert page.tags.count("circle") == 2 * 5  # in the chart of all, and in that of the group
-    assert html.count('fill="var(--page)"') == 2 * 5
+    assert page.tags.count("circle") == 2 * 7  # in the chart of all, and in that of the group
+    assert html.count('fill="var(--page)"') == 2 * 7
     links = [value for name, value in page.attributes if name == "href"]
     assert links and all((out / link).is_file() for link in links)
 
