@@ -3,16 +3,16 @@
     python toy.py            # print three problems
 
     Mia has 5 books and loses 1. Eva has 10 books and wins 4. Tom has 2 books and loses 1. They pool
-    their books, halve them and double them. After each, if even halve them, else drop 1. How many
-    books do they have?
+    their books, halve them and double them. After each of these, if even halve them, else drop 1.
+    How many books do they have?
     <<5-1=4>> <<10+4=14>> <<2-1=1>> <<4+14=18>> <<18+1=19>>
     <<19-1=18>> <<18/2=9>> <<9-1=8>> <<8*2=16>> <<16/2=8>>
 
 The first three steps are free: they can be taken in any order. Then their results are added up, in
-the order in which they were computed. What follows is a chain: a rule is applied to the sum, and
-again after each of one or two clauses. What the rule does depends on whether the number is even:
-without it the answer would be a weighted sum of the question's numbers, which a model can learn to
-compute without any steps.
+the order in which they were computed. Then a rule is applied to the sum, and again
+after each of one or two clauses. What the rule does depends on whether the number is even: without
+it the answer would be a weighted sum of the question's numbers, which a model can learn to compute
+without any steps.
 
 So a problem has 3! = 6 valid paths to its answer. One of them, drawn at random, is its chain of
 thought: with probability `as_told` the one in the order of the question, otherwise one of the other
@@ -105,7 +105,7 @@ def make(rng):
     total = sum(value for _, _, value in free)
     clauses, rule, links, answer = draw_links(rng, total, rng.randint(*CLAUSES))
     told = " ".join(sentence for sentence, _, _ in free)
-    question = (f"{told} They pool their {things}{clauses}. After each, {rule}. "
+    question = (f"{told} They pool their {things}{clauses}. After each of these, {rule}. "
                 f"How many {things} do they have?")
     paths = []
     for order in permutations(free):

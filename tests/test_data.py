@@ -67,8 +67,8 @@ def steps_by_hand(question):
     free = []
     for start, verb, k in re.findall(r"has (\d+) \w+ and (\w+)s (\d+)\.", question):
         free.append((int(start), *change_by_hand(f"{verb} {k}")))
-    clauses, even, odd = re.search(
-        r"They pool their \w+,? (.*)\. After each, if even (.*), else (.*)\. How", question).groups()
+    clauses, even, odd = re.search(r"They pool their \w+,? (.*)\. After each of these, "
+                                   r"if even (.*), else (.*)\. How", question).groups()
     rule = change_by_hand(even), change_by_hand(odd)
     links = [rule]
     for clause in clauses.removeprefix("and ").split(" and "):

@@ -127,7 +127,8 @@ def test_settings_share_what_they_agree_on(swept):
              for kind in sweep.STAGES}
     two = ["default", "train_sup-chunk-size-4"]
     assert names["warm-up"] == ["default"]
-    assert names["phase-1"] == names["store"] == names["baselines"] == two and len(names["phase-3"]) == 4
+    assert names["phase-1"] == names["store"] == names["baselines"] == two
+    assert len(names["phase-3"]) == 4
     warm_up, phase_1, noise = (folder / path for path in (
         "warm-up/default", "phase-1/default", "phase-3/train_latent-noise-0"))
     assert (warm_up / "sft.pt").samefile(phase_1 / "sft.pt")
