@@ -87,7 +87,8 @@ def count_chunks(length, c):
 def latent_pos(nx, i, c):
     """The position of z_i: that of its chunk's last token, after a question of nx tokens.
 
-    So whatever follows a latent stands where it would stand in the text.
+    So whatever follows a latent stands where it would stand in the text. A last chunk that is
+    shorter counts as full: in decoding nobody knows its length.
     """
     return nx + c * (i + 1) - 1
 

@@ -8,11 +8,11 @@
     <<5-1=4>> <<10+4=14>> <<2-1=1>> <<4+14=18>> <<18+1=19>>
     <<19-1=18>> <<18/2=9>> <<9-1=8>> <<8*2=16>> <<16/2=8>>
 
-The first three steps are free: they can be taken in any order. Then their results are added up, in
-the order in which they were computed. Then a rule is applied to the sum, and again
-after each of one or two clauses. What the rule does depends on whether the number is even: without
-it the answer would be a weighted sum of the question's numbers, which a model can learn to compute
-without any steps.
+The first three steps are free: they can be taken in any order. Next their results are added up, in
+the order in which they were computed. Then a rule is applied to the sum, and again after each of
+one or two clauses. What the rule does depends on whether the number is even: without it the answer
+would be a weighted sum of the question's numbers, which a model can learn to compute without any
+steps.
 
 So a problem has 3! = 6 valid paths to its answer. One of them, drawn at random, is its chain of
 thought: with probability `as_told` the one in the order of the question, otherwise one of the other
