@@ -80,6 +80,24 @@ def calculate(a, op, b):
     return {"+": a + b, "-": a - b, "*": a * b, "/": a // b}[op]
 
 
+def path_by_hand(free, links):
+    """The chain that takes these free steps in this order."""
+    results = [calculate(*step) for step in free]
+    texts = [f"<<{a}{op}{k}={result}>>" for (a, op, k), result in zip(free, results)]
+    value = results[0]
+    for if_even, if_odd in [*((("+", k),) * 2 for k in results[1:]), *links]:
+        op, k = if_odd if value % 2 else if_even
+        texts.append(f"<<{value}{op}{k}={calculate(value, op, k)}>>")
+        value = calculate(value, op, k)
+    return " ".join(texts)
+
+
+def test_the_toy_chain_is_what_the_question_says(toy_problems):
+    assert {p["chain"].count("<<") for p in toy_problems} == {8, 10}
+    for p in toy_problems:
+        assert path_by_hand(*steps_by_hand(p["question"])) == p["paths"][0]
+
+
 def test_no_toy_path_is_missed(toy_problems):
     """Brute force: all orders of the steps in which each comes after those it uses results of.
 
@@ -96,18 +114,7 @@ def test_no_toy_path_is_missed(toy_problems):
                 continue  # they pool what all three have
             if any(place[step - 1] > place[step] for step in range(4, total)):
                 continue  # each step from then on needs the result before it
-            results, texts = [], []
-            for step in order[:3]:
-                a, op, b = free[step]
-                results.append(calculate(a, op, b))
-                texts.append(f"<<{a}{op}{b}={results[-1]}>>")
-            value = results[0]
-            sums = [(("+", k),) * 2 for k in results[1:]]
-            for if_even, if_odd in [*sums, *links]:
-                op, k = if_odd if value % 2 else if_even
-                texts.append(f"<<{value}{op}{k}={calculate(value, op, k)}>>")
-                value = calculate(value, op, k)
-            found.add(" ".join(texts))
+            found.add(path_by_hand([free[step] for step in order[:3]], links))
         assert found == set(p["paths"])
 
 
