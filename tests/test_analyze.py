@@ -29,7 +29,7 @@ from test_report import Page
 def random_model(tokenizer, seed):
     """Weights so large that each question has an answer of its own."""
     torch.manual_seed(seed)
-    llm = GPT(GPTConfig(tokenizer.n_vocab, 120, 1, 2, 16)).double().requires_grad_(False)
+    llm = GPT(GPTConfig(tokenizer.n_vocab, 128, 1, 2, 16)).double().requires_grad_(False)
     for p in llm.parameters():
         p.add_(0.5 * torch.randn_like(p))
     return llm
@@ -38,7 +38,7 @@ def random_model(tokenizer, seed):
 @pytest.fixture
 def setting(toy_tokenizer):
     """Six problems of the toy task; at most 5 latents and 8 tokens."""
-    problems = data.Problems(list(toy.problems(1, 6, lambda question: True)), toy_tokenizer, 120)
+    problems = data.Problems(list(toy.problems(1, 6, lambda question: True)), toy_tokenizer, 128)
     env = SimpleNamespace(tokenizer=toy_tokenizer, device=torch.device("cpu"),
                           autocast=contextlib.nullcontext)
     return Setting(problems, 6, c=2, caps=(5, 8), batch_size=4, env=env)

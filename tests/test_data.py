@@ -440,7 +440,7 @@ def test_no_text_takes_long_to_score(text):
 @pytest.fixture(scope="module")
 def problems(toy_tokenizer, toy_problems):
     short = [dict(p, chain=p["chain"][:k]) for p, k in zip(toy_problems[:101], [0, 7, 30, 99] * 26)]
-    return Problems(short, toy_tokenizer, block_size=120)
+    return Problems(short, toy_tokenizer, block_size=128)
 
 
 @pytest.mark.parametrize("size", [8, 40, 150])
@@ -468,7 +468,7 @@ def test_no_length_is_drawn_more_often(problems):
 
 
 def test_a_batch_is_a_function_of_seed_and_step(problems, toy_tokenizer):
-    fresh = Problems(problems.problems, toy_tokenizer, block_size=120)
+    fresh = Problems(problems.problems, toy_tokenizer, block_size=128)
     # in any order, with or without a history
     for seed, step in ((0, 40), (1, 3), (0, 3), (0, 40), (1, 40)):
         a = problems.train_batch(step, 8, seed)

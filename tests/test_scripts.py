@@ -131,7 +131,7 @@ def test_the_store_holds_the_summaries_of_its_problems(call, toy_tokenizer):
     c = 3
     store = pipeline(call, "--chunk-size", c)
     encoder = common.build(common.load_checkpoint(Path("run/sup.pt")), "encoder", "cpu")
-    train = Problems(load("toy", "train"), toy_tokenizer, 120)
+    train = Problems(load("toy", "train"), toy_tokenizer, 128)
     for row in range(len(train)):
         alone = np.array([row])
         with torch.no_grad():

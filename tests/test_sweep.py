@@ -167,7 +167,7 @@ def test_the_table_says_what_the_reports_say(swept):
         "phase-1", "store", "phase-3"))]
     seconds = sum(common.read_json(out / "seed-0" / folder / "stage.json")["seconds"]
                   for folder in made_by)
-    assert row["seconds"] == str(round(seconds))
+    assert abs(int(row["seconds"]) - seconds) < 0.51  # rounded; they add up in another order
     report = report_of(out, 0, "train_sup-baselines")
     assert rows["no-CoT"]["steps"] == sweep.cell(report["steps"]["no_cot"])
     assert rows["explicit"]["accuracy"] == sweep.cell(report["accuracy"]["explicit"])
