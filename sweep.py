@@ -150,7 +150,6 @@ def plan(settings, seeds, extra, out):
         for name, _, *texts in settings:
             sup, compress, latent = map(shlex.split, texts)
             early = {"train_sup": without(sup, LATE)}
-            budget = {"train_sup": without(sup, set(LATE) - {"--chunk-size"})}
             flags = {"train_sup": without(sup, ["--baselines"])}
             seeded = "--seed", str(seed)
             warm_up = stage("warm-up", [], early, *seeded, "--steps", "0")
@@ -161,6 +160,7 @@ def plan(settings, seeds, extra, out):
             phase_3 = stage("phase-3", [warm_up, phase_1, store], flags)
             needs = [warm_up, phase_1, phase_3]
             if "--baselines" in sup:
+                budget = {"train_sup": without(sup, set(LATE) - {"--chunk-size"})}
                 needs += [stage("baselines", [warm_up], budget, *seeded, "--baselines")]
             analyses[name, seed] = stage("analysis", needs, {**flags, "train_sup": sup})
     return stages, analyses
@@ -348,7 +348,8 @@ def mean(values):
 def training_seconds(folder, stages, records):
     """Of the stages that led to the latent model of an analysis."""
     before = {need for near in stages[folder].needs for need in (near, *stages[near].needs)}
-    return sum(records[need]["seconds"] for need in before if stages[need].kind != "baselines")
+    made_it = [need for need in before if stages[need].kind != "baselines"]
+    return math.fsum(records[need]["seconds"] for need in made_it)  # alike in whatever order
 
 
 def row_of(folders, way, stages, records):
