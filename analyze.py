@@ -313,10 +313,10 @@ def rounded(report):
 
 def add_flags(p):
     add = p.add_argument_group("analysis").add_argument
-    add("--split", choices=["test", "easy", "val", "renumbered"], default="test",
-        help="test (default); easy: those test problems that train_sup.py --easy would take; val: "
-        "held-out training problems; renumbered: the training problems with numbers that training "
-        "never had (GSM8K)")
+    add("--split", choices=["test", "easy", "held-out", "renumbered"], default="test",
+        help="test (default); easy: those test problems that train_sup.py --easy would take; "
+        "held-out: training problems that are kept out whole; renumbered: the training problems "
+        "with numbers that training never had (GSM8K)")
     add("--limit", type=int, help="how many problems (default: all)")
     add("--ask", metavar="QUESTION", help="answer this question in latents and show each of them")
     p.set_defaults(batch_size=128)

@@ -6,6 +6,7 @@ phase 2, a training run.
 """
 import argparse
 import contextlib
+import ctypes
 import hashlib
 import json
 import math
@@ -155,6 +156,7 @@ def setup(p, phase, argv=None):
     if world > 1:
         join_process_group(device)
     choose_precision(args, device)
+    keep_freed_memory()
     torch.manual_seed(args.seed)
     tokenizer = choose_tokenizer(args, parent)
     if rank == 0:
@@ -168,6 +170,19 @@ def setup(p, phase, argv=None):
         device=device, tokenizer=tokenizer, rank=rank, world=world, config=config, parent=parent,
         autocast=lambda: torch.autocast(device.type, torch.bfloat16, bfloat16))
     return args, env
+
+
+def keep_freed_memory():
+    """Let Linux's malloc reuse the memory of large tensors, as it does for those below 32 MB.
+
+    It would give each of them back to the system when it is freed, and have new pages filled with
+    zeros when the next one is made. For the attention scores of phase 1, (32, 8, 200, 200), that
+    took longer than the arithmetic (LAB.md). Other systems' malloc has no such setting.
+    """
+    with contextlib.suppress(OSError, AttributeError, TypeError):
+        malloc = ctypes.CDLL(None)
+        malloc.mallopt(-3, 2 ** 30)  # M_MMAP_THRESHOLD
+        malloc.mallopt(-1, 2 ** 31 - 1)  # M_TRIM_THRESHOLD
 
 
 def fill_in_defaults(args, phase, parent):

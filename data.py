@@ -35,8 +35,7 @@ GSM8K_SHA256 = {
         "4bc62db838f8418365d51c627bd66294cbdca9fb7f01519cb13f0dce8c51580b",
 }
 TOY_SIZE = {"train": 16000, "val": 256, "test": 1000}
-MAX_PROBLEMS = {"val": 1000}  # validation decodes its problems again and again
-UNSEEN = 10 ** 6              # the renumbered copy that no training has
+MAX_PROBLEMS = {"val": 400}   # validation decodes its problems again and again
 MAX_LINE = 100_000            # characters in a line of a data file
 EASY_STEPS, EASY_LENGTH, EASY_NUMBER = 4, 220, 60  # at most: see is_easy
 WIDTHS = 7                    # different widths of a loop's batches at most
@@ -162,11 +161,12 @@ def split_of(question):
 
 
 def is_easy(problem):
-    """Whether --easy takes a problem: few steps, a short question, small whole numbers in it.
+    """Whether --easy takes a problem: few steps, a short question, no number but small whole ones.
 
     And all of its numbers are certain, so that --renumber can change some of them.
     """
     said = numbers(problem["question"])
+    said += map(to_number, re.findall(r"\.?\d[\d.,]*", problem["chain"]))
     if problem["chain"].count("<<") > EASY_STEPS or len(problem["question"]) > EASY_LENGTH:
         return False
     if not all(n is not None and 0 <= n <= EASY_NUMBER and n % 1 == 0 for n in said):
@@ -540,26 +540,46 @@ class Problems:
 def load_split(args, split, rank=0):
     """`load` with the flags of a script; with --renumber, "train" has so many copies more.
 
-    The split "renumbered" holds the training problems with numbers that no copy has by design, and
-    "easy" the easy ones of the test split.
+    Further splits: "renumbered", the training problems with numbers that no copy of them has;
+    "val", with --renumber, the same with others again; "held-out", the training problems that are
+    kept out whole, which are "val" otherwise; "easy", the easy ones of the test split.
     args: data, data_dir, cot, seed, as_told, easy, renumber.
     """
-    source = {"renumbered": "train", "easy": "test"}.get(split, split)
+    source = {"renumbered": "train", "held-out": "val", "easy": "test"}.get(split, split)
+    if split == "val" and args.renumber:
+        source = "train"
     rows = load(args.data, source, args.data_dir, args.cot, args.seed, args.as_told, args.easy)
     if split == "easy":
         rows = [row for row in rows if is_easy(row)]
-        if not rows:
-            raise UserError("--split easy: none of the test problems is easy")
     if source == "train" and (args.renumber or split == "renumbered"):
-        found, reasons = templates(rows)
-        copies = [UNSEEN] if split == "renumbered" else range(args.renumber)
-        drawn = [problem for copy in copies for problem in renumbered(found, args.seed, copy)]
-        usable = len(rows) - reasons.total()
-        if rank == 0:
-            print(f"{usable} of {len(rows)} training problems can be given new numbers; not those "
-                  "with", ", ".join(f"{why} ({n})" for why, n in reasons.items()))
-        rows = drawn if split == "renumbered" else rows + drawn
+        rows = new_numbers(rows, split, args, rank)
+    if not rows:
+        why = {"easy": "none of the test problems is easy", "held-out": "none is held out"}
+        raise UserError(f"--data {args.data}, split {split}: "
+                        + why.get(split, "no training problem has enough new numbers for it"))
     return rows[:MAX_PROBLEMS.get(split)]
+
+
+def new_numbers(rows, split, args, rank):
+    """The training problems `rows` and their copies (train), or one copy alone (val, renumbered).
+
+    Which of the three may have a copy is decided by its question's hash, so they share none.
+    """
+    found, reasons = templates(rows)
+    own = {row["question"] for row in rows}
+    kind = {"renumbered": "test"}.get(split, split)
+
+    def wanted(question):
+        return split_of(question) == kind and question not in own
+
+    copies = range(args.renumber if split == "train" else 1)
+    drawn = [problem for copy in copies for problem in renumbered(found, args.seed, copy, wanted)]
+    if split != "train":
+        return drawn
+    if rank == 0:
+        print(f"{len(rows) - reasons.total()} of {len(rows)} training problems can be given new "
+              "numbers", *(f"; {why}: {n}" for why, n in reasons.items()), sep="")
+    return rows + drawn
 
 
 def splits(args, env, names=("train", "val"), no_cot=False):

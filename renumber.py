@@ -19,9 +19,11 @@ import random
 import re
 from collections import Counter
 from fractions import Fraction
+from itertools import islice
 from typing import NamedTuple
 
 TRIES = 500  # draws after which a problem keeps its own numbers
+DRAWS = 100  # of whole problems, to find one that is wanted
 
 NUMBER = re.compile(r"\d+(?:,\d{3})+(?:\.\d+)?|\d*\.?\d+")
 PERCENT = re.compile(r" ?%| percent")
@@ -332,7 +334,16 @@ def renumber(template, rng):
     return fill(template, draw(template, rng) or template.values)
 
 
-def renumbered(found, seed, number):
-    """Copy `number` of all that has a Template: a function of (seed, number, place in `found`)."""
-    return [renumber(template, random.Random(f"{seed} {number} {index}"))
-            for index, template in enumerate(found) if template]
+def renumbered(found, seed, number, wanted=lambda question: True):
+    """Copy `number` of all that has a Template: a function of (seed, number, place in `found`).
+
+    Of a problem's first DRAWS draws the first is taken whose question is `wanted`; where none is,
+    the copy lacks that problem.
+    """
+    copies = []
+    for index, template in enumerate(found):
+        if template:
+            rng = random.Random(f"{seed} {number} {index}")
+            draws = (renumber(template, rng) for _ in range(DRAWS))
+            copies += islice((copy for copy in draws if wanted(copy["question"])), 1)
+    return copies

@@ -74,8 +74,8 @@ def easy_file(folder):
     rows = []
     for a, b in itertools.product(range(20), range(15)):
         a = 1000 + a if a % 4 == 0 else a + 20
-        answer = f"<<{a}+{b + 45}={a + b + 45}>> #### {a + b + 45}"
-        rows.append(json.dumps({"question": f"{a} pens, and {b + 45} more?", "answer": answer}))
+        answer = f"<<{a}+{b + 5}={a + b + 5}>> #### {a + b + 5}"
+        rows.append(json.dumps({"question": f"{a} pens, and {b + 5} more?", "answer": answer}))
     (folder / "mine.jsonl").write_text("\n".join(rows))
     return str(folder / "mine.jsonl")
 

@@ -254,8 +254,8 @@ def test_a_learning_curve_is_what_the_log_says(tmp_path, capsys):
 
 def test_another_split_has_a_report_of_its_own(run, tmp_path):
     out = shutil.copytree(run, tmp_path / "run")
-    analyze.main(["--out", str(out), "--split", "val"])
-    assert json.loads((out / "report-val.json").read_text())["problems"] == 8
+    analyze.main(["--out", str(out), "--split", "held-out"])
+    assert json.loads((out / "report-held-out.json").read_text())["problems"] == 8
 
 
 def test_page_holds_what_the_report_says(run):

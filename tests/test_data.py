@@ -314,6 +314,8 @@ def easy_problem(question="Ida has 14 pens and buys 3 boxes of 6. How many has s
     (False, easy_problem(question="Ida has 14 pens and buys 3 boxes of 6.50 in year 1998.")),
     (False, easy_problem(question="Ida has 14 pens and buys 3 boxes of 61.",
                          chain="<<3*61=183>> <<14+183=197>>", answer="197")),
+    (False, easy_problem(question="Ida has 14 pens and buys 3 boxes of 16.",
+                         chain="<<3*16=48>> <<14+48=62>>", answer="62")),
     (False, easy_problem(chain="<<3*6=18>> <<3*6=18>> <<3*6=18>> <<3*6=18>> <<14+18=32>>")),
     (False, easy_problem(chain="<<3*7=21>> <<14+21=35>>", answer="35")),  # where from is the 7?
     (False, easy_problem(chain="")),
@@ -335,6 +337,11 @@ def test_easy_problems_alone_are_trained_on_and_none_that_is_held_out(tmp_path):
     assert len(trained) == 9 * 4 and {p["question"] for p in easy["train"]} < set(trained)
     held_out = {p["question"] for p in whole["val"] + whole["test"]}
     assert not held_out & set(trained)
+    with_new_numbers = [{p["question"] for p in data.load_split(args, split)}
+                        for split in ("val", "renumbered")]
+    assert all(with_new_numbers) and not with_new_numbers[0] & with_new_numbers[1]
+    assert not set.union(*with_new_numbers) & {*trained}
+    assert data.load_split(args, "held-out") == easy["val"]
     only = data.load_split(args, "easy")
     assert only == [p for p in whole["test"] if data.is_easy(p)] and 0 < len(only) < len(held_out)
 
@@ -350,7 +357,11 @@ def test_nothing_that_gsm8k_holds_out_is_in_its_easy_part(gsm8k):
     args = SimpleNamespace(data="gsm8k", data_dir=gsm8k, cot="steps", seed=0, as_told=0.8, easy=600,
                            renumber=2)
     trained = data.load_split(args, "train")
-    assert len(trained) == 3 * 600 and words(trained) == words(train)
+    assert 2.9 * 600 < len(trained) <= 3 * 600 and words(trained) == words(train)
+    new = {split: data.load_split(args, split) for split in ("val", "renumbered")}
+    questions = [{p["question"] for p in rows} for rows in (trained, *new.values())]
+    assert sum(map(len, questions)) == len(set.union(*questions))
+    assert all(len(rows) >= 400 and words(rows) <= words(train) for rows in new.values())
 
 
 # ------------------------------------------------------------------------------------------ scoring
