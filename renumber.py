@@ -93,7 +93,7 @@ def value_of(text):
 def places(value):
     """How many digits after the point write a value exactly. Raises ValueError for 1/3 and such."""
     for n in range(7):
-        if (value * 10 ** n).denominator == 1:
+        if 10 ** n % value.denominator == 0:
             return n
     raise ValueError("a result that is no short decimal")
 
@@ -101,7 +101,7 @@ def places(value):
 def write(value, like):
     """A value in the form of the text `like`: its commas, at least its decimals, .5 or 0.5."""
     n = max(places(value), len(like.partition(".")[2]))
-    digits = str(int(value * 10 ** n)).zfill(n + 1)
+    digits = str(value.numerator * 10 ** n // value.denominator).zfill(n + 1)
     whole, decimals = digits[:len(digits) - n], digits[len(digits) - n:]
     if "," in like:
         whole = f"{int(whole):,}"
@@ -113,7 +113,7 @@ def write(value, like):
 def similar(new, old):
     """Whether one result may take the place of another: alike in sign, wholeness and size."""
     decimals = 0 if old.denominator == 1 else max(2, places(old))
-    if new * old <= 0 or (new * 10 ** decimals).denominator > 1:
+    if new.numerator * old.numerator <= 0 or 10 ** decimals % new.denominator:
         return new == old
     return old <= 2 * new <= 4 * old or len(str(int(new))) == len(str(int(old)))
 
