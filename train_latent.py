@@ -23,7 +23,7 @@ from model import GPTConfig
 def add_flags(p):
     add = p.add_argument_group("ablations").add_argument
     add("--noise", type=float, help="scale of the Gumbel noise (default: 1, as in the paper; on "
-        "the toy task 0.1; 0 = off)")
+        "the toy task and with --easy 0.1; 0 = off)")
     add("--start", choices=["sup", "sft"], default="sup", help="the LLM to start from: that of "
         "phase 1 (default), or the explicit model, which has never read a latent")
 

@@ -48,7 +48,8 @@ from train_sup import explicit_loss, sup_loss  # noqa: E402
 # tokens of a question, a chain and an answer: mean and spread, as measured
 GSM8K = dict(x=(56, 21), s=(24, 11), a=(4, 0), n_ordinary=50256)
 LENGTHS = {
-    "toy": dict(x=(47.5, 1.5), s=(48, 3), a=(4, 0), n_ordinary=403),
+    "toy": dict(x=(55.6, 1.5), s=(55, 6), a=(4, 0), n_ordinary=410),
+    "easy": dict(x=(40, 8), s=(18, 5), a=(4, 0), n_ordinary=5761),
     "gsm8k": GSM8K,
     "gpt2": GSM8K,
 }

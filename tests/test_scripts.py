@@ -12,6 +12,7 @@ import torch
 
 import common
 import data
+import train_sup
 from conftest import ROOT, easy_file
 from data import Problems, UserError, load
 from encoder import encoder_batch, summarize, top_k_renormalized
@@ -102,6 +103,15 @@ def test_a_file_of_your_own(call, gpt2_tokenizer, cot, capsys):
     capsys.readouterr()
     call("analyze", "--out", "run", "--ask", "How many quaggas, 𝔸nn?")
     assert "z_0" in capsys.readouterr().out
+
+
+def test_easy_problems_have_a_preset(gpt2_tokenizer, tmp_path):
+    p = common.parser("", "sup")
+    train_sup.add_flags(p)
+    args, _ = common.setup(p, "sup", ["--data", easy_file(tmp_path), "--easy", "9", "--n-head", "4"])
+    easy = common.PRESETS["easy"]
+    assert (args.n_embd, args.n_head, args.steps) == (easy["n_embd"], 4, easy["steps"]["sup"])
+    assert args.baseline_steps == sum(easy["steps"].values()) + easy["sft_steps"] + 750
 
 
 def test_later_phases_keep_to_the_easy_problems(call, gpt2_tokenizer, tmp_path):
