@@ -127,7 +127,7 @@ def test_a_byte_order_mark_crlf_and_blank_lines_are_nothing(tmp_path, content):
     (["--renumber", 3], "--renumber"),
     (["--easy", 3], "--easy"),
     (["--easy", -3, "--data", SAMPLE], "--easy -3"),
-    (["--easy", 99, "--data", SAMPLE], "--easy 99: only 6 of the training problems"),
+    (["--easy", 99, "--data", SAMPLE], "--easy 99: only 4 of the training problems"),
     (["--seed", -1], "--seed -1"),
     (["--top-k", -1], "--top-k -1"),
     (["--lr", "nan"], "--lr nan"),
