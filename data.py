@@ -554,9 +554,9 @@ def load_split(args, split, rank=0):
     if source == "train" and (args.renumber or split == "renumbered"):
         rows = new_numbers(rows, split, args, rank)
     if not rows:
-        why = {"easy": "none of the test problems is easy", "held-out": "none is held out"}
-        raise UserError(f"--data {args.data}, split {split}: "
-                        + why.get(split, "no training problem has enough new numbers for it"))
+        raise UserError(f"--data {args.data}, split {split}: " + (
+            "none of the test problems is easy" if split == "easy" else
+            "no training problem has enough new numbers for it"))
     return rows[:MAX_PROBLEMS.get(split)]
 
 
