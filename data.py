@@ -165,10 +165,10 @@ def is_easy(problem):
 
     And all of its numbers are certain, so that --renumber can change some of them.
     """
-    said = numbers(problem["question"])
-    said += map(to_number, re.findall(r"\.?\d[\d.,]*", problem["chain"]))
     if problem["chain"].count("<<") > EASY_STEPS or len(problem["question"]) > EASY_LENGTH:
         return False
+    said = numbers(problem["question"])
+    said += map(to_number, re.findall(r"\.?\d[\d.,]*", problem["chain"]))
     if not all(n is not None and 0 <= n <= EASY_NUMBER and n % 1 == 0 for n in said):
         return False
     try:
