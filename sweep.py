@@ -245,9 +245,14 @@ def note(folder, record, started, done=False):
     common.write_json(folder / "stage.json", record)
 
 
+def cores():
+    """How many of the machine's cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
 def start_stages(stages, records, running, failed, jobs):
     """Start what can start, as long as there is room."""
-    threads = max(1, os.cpu_count() // jobs)
+    threads = max(1, cores() // jobs)
     busy = {folder for folder, _ in running.values()}
     for folder, stage in stages.items():
         ready = all(records[need]["done"] for need in stage.needs)
@@ -397,7 +402,7 @@ def parse(argv=None):
     add = p.add_argument
     add("--only", nargs="+", metavar="NAME", help="these settings (default: all)")
     add("--seeds", nargs="+", type=int, default=[0, 1, 2], help="(default: 0 1 2)")
-    add("--jobs", type=int, default=os.cpu_count(),
+    add("--jobs", type=int, default=cores(),
         help="stages that run side by side (default: number of cores; fewer on a GPU)")
     for flag, script in EXTRA.items():
         add(flag, type=shlex.split, default=[], metavar='"FLAGS"',
