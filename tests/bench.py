@@ -38,8 +38,8 @@ import common  # noqa: E402  (the path is set above)
 from data import Problems  # noqa: E402
 from decode import decode, question_prompt  # noqa: E402
 from encoder import (Layout, chunk_bags, count_chunks, draw_chunk, encoder_batch,  # noqa: E402
-                     explicit_batch, insert_latents, latent_batch, llm_batch, ordinary_softmax, pad,
-                     split_chunks, summarize, supervision_mask)
+                     explicit_batch, insert_latents, latent_batch, latent_pos, llm_batch,  # noqa: E402
+                     ordinary_softmax, pad, split_chunks, summarize, supervision_mask)
 from losses import gumbel_noise, weighted_nll  # noqa: E402
 from model import GPT, GPTConfig  # noqa: E402
 from train_latent import latent_loss  # noqa: E402
@@ -212,7 +212,7 @@ class Bench:
                 return dict(loss=forward(self.llm, *inputs))
             if name == "phase 1":
                 sup, kl = forward(self.encoder, self.llm, *inputs, self.env.tokenizer.n_ordinary,
-                                  self.args.top_k, False)
+                                  self.args.top_k)
                 return dict(loss=sup + 0.5 * kl, sup=sup, bag=kl)
             exp, lat = forward(self.llm, *inputs)
             return dict(loss=exp + lat, exp=exp, lat=lat)
@@ -321,19 +321,22 @@ class Loops(Bench):
 
     def llm_pass(self, batch, i):
         """X <bot> z₀ … z_i S_{i+1} (or Ans) of these problems, and what is predicted there."""
-        rows, ids, latent, index, target, weight = [], [], [], [], [], []
+        rows, ids, pos, latent, index, target, weight = [], [], [], [], [], [], []
+        c = self.args.chunk_size
         for row, p in enumerate(batch.problems):
-            chunks = split_chunks(p.chain, self.args.chunk_size)
+            chunks = split_chunks(p.chain, c)
             if i < len(chunks):
                 text = (chunks[1:] + [p.answer])[i]
                 nx, size = len(p.question), len(text)
                 rows.append(row)
                 ids.append(p.question + [0] * (i + 1) + text)
+                z_pos = [latent_pos(nx, j, c) for j in range(i + 1)]
+                pos.append([*range(nx), *z_pos, *range(z_pos[-1] + 1, z_pos[-1] + 1 + size)])
                 latent.append([0] * nx + list(range(1, i + 2)) + [0] * size)
                 index.append(list(range(nx + i, nx + i + size)))
                 target.append(text)
                 weight.append([1 / (len(chunks) * size)] * size)
-        tensors = (self.tensor(lists) for lists in (ids, latent, index, target))
+        tensors = (self.tensor(lists) for lists in (ids, pos, latent, index, target))
         return torch.tensor(rows), *tensors, self.tensor(weight, np.float32)
 
     def tensor(self, lists, dtype=np.int64):
@@ -364,10 +367,10 @@ class Loops(Bench):
 
     def ltsum_loop(self):
         total = 0
-        for rows, ids, latent, index, target, weight in self.llm_passes:
+        for rows, ids, pos, latent, index, target, weight in self.llm_passes:
             with self.env.autocast():
                 x = insert_latents(self.llm.wte(ids), self.z[rows], latent)
-                logits = self.llm.head(self.llm(x, index=index))
+                logits = self.llm.head(self.llm(x, pos, index=index))
             share = len(rows) / self.args.batch_size
             total += self.backward(weighted_nll(logits, target, weight) * share)
         return total
@@ -520,15 +523,20 @@ def scaling_table(args, env, repeats):
     return scaling
 
 
-def main():
+def setup(argv=None):
+    """(args, env), as of the scripts; the sizes are those of --preset where no flag says more."""
     p = common.parser(__doc__, "sup")
     p.add_argument("--preset", choices=PRESETS, default="toy",
                    help="sizes of model, batch and data (default: toy)")
     p.add_argument("--json", type=Path, help="write the tables there, too")
     p.add_argument("--quick", action="store_true", help="fewer repeats, no scaling table")
-    preset = PRESETS[p.parse_known_args()[0].preset]
+    preset = PRESETS[p.parse_known_args(argv)[0].preset]
     p.set_defaults(**{k: v for k, v in preset.items() if not isinstance(v, dict)})
-    args, env = common.setup(p, "sup")
+    return common.setup(p, "sup", argv)
+
+
+def main():
+    args, env = setup()
     repeats = 3 if args.quick else 7
     machine = f"CPU, {torch.get_num_threads()} threads"
     if env.device.type == "cuda":

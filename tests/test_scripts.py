@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+import bench
 import common
 import data
 import train_sup
@@ -126,6 +127,15 @@ def test_later_phases_keep_to_the_easy_problems(call, gpt2_tokenizer, tmp_path):
     with pytest.raises(data.UserError, match="easy = 12, here it is 13"):
         call("train_sup", *TINY, "--data", easy_file(tmp_path), "--easy", 13, "--renumber", 2,
              "--resume", "--out", "run")
+
+
+def test_what_the_bench_compares_is_equal():
+    """And what it times runs; the sizes are tiny, and nothing is timed."""
+    flags = "--n-layer 1 --n-head 1 --n-embd 16 --batch-size 4 --dtype float32 --device cpu"
+    loops = bench.Loops(*bench.setup(flags.split()))
+    loops.check()
+    for job in loops.jobs().values():
+        job()
 
 
 def test_problems_without_a_chain_of_thought(call, gpt2_tokenizer, tmp_path):
