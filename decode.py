@@ -56,6 +56,7 @@ class RowState:
         self.pos = self.pos + torch.where(self.thinking, self.c, 1)
         stopped = ~self.done & ((self.pos >= positions) | (self.written >= max_tokens))
         self.done |= stopped
+        self.thinking &= ~self.done
         self.capped |= overlong | stopped
         return token, written
 
@@ -114,13 +115,12 @@ def decode(llm, tokenizer, x, pos, length, latent=0, top_k=0, max_latents=0, max
         x = llm.wte(token)  # (B, C)
         if state.thinking.any():
             q, z = latents_of(llm, hidden, llm.wte.weight, tokenizer.n_ordinary, top_k)
-            active = state.thinking & ~state.done
-            replaced = on_latent and on_latent(step, q, z, active)
+            replaced = on_latent and on_latent(step, q, z, state.thinking)
             if replaced is not None:
                 z = superpose(replaced, llm.wte.weight, top_k)
             z = z.to(x.dtype)
             x = torch.where(state.thinking[:, None], z, x)
-            state.latents += active
+            state.latents += state.thinking
         pos = state.pos.clamp(max=block - 1)[:, None]  # (B, 1); only a done row is clamped
         hidden = llm(x[:, None], pos, visible[:, None, :T + step + 1], cache)[:, 0]  # (B, C)
     rows = torch.stack(out, 1).tolist()
