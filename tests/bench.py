@@ -3,6 +3,7 @@
     python tests/bench.py                                # the toy task's sizes, on a GPU if any
     python tests/bench.py --preset gsm8k --json b.json   # the same tables as JSON, too
     python tests/bench.py --preset gpt2 --batch-size 32  # GPT-2 124M at GSM8K lengths
+    python tests/bench.py --preset easy --tokens 50256   # with GPT-2's whole vocabulary
     python tests/bench.py --quick                        # a minute: fewer repeats, no scaling table
 
 Weights and tokens are random, the lengths those of the data; nothing is downloaded and nothing
@@ -46,12 +47,12 @@ from train_latent import latent_loss  # noqa: E402
 from train_sup import explicit_loss, sup_loss  # noqa: E402
 
 # tokens of a question, a chain and an answer: mean and spread, as measured
-GSM8K = dict(x=(56, 21), s=(24, 11), a=(4, 0), n_ordinary=50256)
+GSM8K = dict(x=(56, 21), s=(24, 11), a=(4, 0))
 LENGTHS = {
     "toy": dict(x=(55.6, 1.5), s=(55, 6), a=(4, 0), n_ordinary=410),
     "easy": dict(x=(40, 8), s=(18, 5), a=(4, 0), n_ordinary=5761),
-    "gsm8k": GSM8K,
-    "gpt2": GSM8K,
+    "gsm8k": dict(GSM8K, n_ordinary=16461),
+    "gpt2": dict(GSM8K, n_ordinary=50256),
 }
 GPT2 = dict(common.PRESETS["gsm8k"], n_layer=12, n_head=12, n_embd=768, block_size=1024)
 PRESETS = dict(common.PRESETS, gpt2=GPT2)
@@ -151,7 +152,8 @@ class Bench:
 
     def __init__(self, args, env, scale=1, count=None):
         lengths = dict(LENGTHS[args.preset])
-        tokenizer = stand_in(lengths.pop("n_ordinary"))
+        n_ordinary = lengths.pop("n_ordinary")
+        tokenizer = stand_in(args.tokens or n_ordinary)
         self.args, self.env = args, SimpleNamespace(**{**vars(env), "tokenizer": tokenizer})
         count = count or 6 * args.batch_size
         self.problems = some_problems(tokenizer, count, args.block_size, scale=scale, **lengths)
@@ -528,6 +530,8 @@ def setup(argv=None):
     p = common.parser(__doc__, "sup")
     p.add_argument("--preset", choices=PRESETS, default="toy",
                    help="sizes of model, batch and data (default: toy)")
+    p.add_argument("--tokens", type=int, help="ordinary tokens of the vocabulary (default: as many "
+                   "as the data has)")
     p.add_argument("--json", type=Path, help="write the tables there, too")
     p.add_argument("--quick", action="store_true", help="fewer repeats, no scaling table")
     preset = PRESETS[p.parse_known_args(argv)[0].preset]
