@@ -315,6 +315,8 @@ def test_gsm8k_from_end_to_end(gsm8k, gpt2_tokenizer, tmp_path, monkeypatch):
     train_latent.main([*flags, "--steps", "1"])
     without = report_of(tmp_path / "out", *flags[:2], "--limit", "2")
     assert without["parallelism"] is None
+    page = (tmp_path / "out" / "report.html").read_text("utf-8")
+    assert '"charts" hidden' in page and ".charts[hidden]" in page  # `display: grid` would show it
     solutions = gsm8k / "example_model_solutions.jsonl"
     if solutions.is_file():
         lines = solutions.read_text("utf-8").splitlines()[:8]
