@@ -39,7 +39,7 @@ import common  # noqa: E402  (the path is set above)
 from data import Problems  # noqa: E402
 from decode import decode, question_prompt  # noqa: E402
 from encoder import (Layout, chunk_bags, count_chunks, draw_chunk, encoder_batch,  # noqa: E402
-                     explicit_batch, insert_latents, latent_batch, latent_pos, llm_batch,  # noqa: E402
+                     explicit_batch, insert_latents, latent_batch, latent_pos, llm_batch,
                      ordinary_softmax, pad, split_chunks, summarize, supervision_mask)
 from losses import gumbel_noise, weighted_nll  # noqa: E402
 from model import GPT, GPTConfig  # noqa: E402
