@@ -180,7 +180,8 @@ class Bench:
         for name in TRAINING:
             models = [self.encoder, self.llm] if name == "phase 1" else [self.llm]
             self.forwards[name] = common.compiled(losses[name], args)
-            self.optimizers[name] = common.Optimizer(dict.fromkeys(models, args.lr), self.env.device)
+            rates = dict.fromkeys(models, args.lr)
+            self.optimizers[name] = common.Optimizer(rates, self.env.device)
             self.runs[name] = common.Run(name, args, self.env, {"llm": self.llm},
                                          self.optimizers[name], self.problems, 10 ** 6)
             self.runs[name].bar = tqdm(disable=True)

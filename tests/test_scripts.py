@@ -109,7 +109,8 @@ def test_a_file_of_your_own(call, gpt2_tokenizer, cot, capsys):
 def test_easy_problems_have_a_preset(gpt2_tokenizer, tmp_path):
     p = common.parser("", "sup")
     train_sup.add_flags(p)
-    args, _ = common.setup(p, "sup", ["--data", easy_file(tmp_path), "--easy", "9", "--n-head", "4"])
+    flags = ["--data", easy_file(tmp_path), "--easy", "9", "--n-head", "4"]
+    args, _ = common.setup(p, "sup", flags)
     easy = common.PRESETS["easy"]
     assert (args.n_embd, args.n_head, args.steps) == (easy["n_embd"], 4, easy["steps"]["sup"])
     assert args.baseline_steps == (easy["sft_steps"] + easy["steps"]["sup"]
