@@ -19,16 +19,17 @@ continuation       {problems, i, accuracy, next_chunk}: z_0 … z_{i-1} are give
                    token
 ecr                K; encoder, latent: {own, chance, maximum}: see metrics.measure_ecr
 parallelism        problems, paths (mean number); encoder, latent: {n_eff, above_1.7, covered, and
-                   each with _random}: see metrics.parallelism; orders (toy task): encoder, latent:
+                   each with _random}: see metrics.effective_paths, metrics.covered_spans; orders
+                   (toy task): encoder, latent:
                    {mass [order][position], leading, effective [position]}: α on the span of the
                    m-th order of the free steps, the largest span's share of it, and among how many
                    spans it is shared: see metrics.span_mass, metrics.span_shares
 collapse           accuracy, interval of {own, top 1, top c, first path, last path}: the latent
                    model thinks in its own z, or in z of q's largest entries or of one path's
-                   tokens alone
+                   tokens alone; null for hidden latents, which have no such entries
 curves             {sft, sup, latent, explicit, no_cot: {step, score, loss}}: see common.read_curve
 shape              token_norm {low, mean, high}, of the ordinary tokens' embeddings, 5 and 95 %;
-                   encoder, latent: {count, entropy, top1, norm, cosine}: see metrics.shape
+                   encoder, latent: {count, entropy, top1, norm, cosine}: see metrics.chain_shape
 
 `encoder`: what phase 1's encoder makes of the true chain; `latent`: what the latent model thinks.
 """
@@ -41,8 +42,8 @@ import torch
 import common
 from data import Problems, UserError, known_paths, splits, to_number
 from encoder import chunk_bags, count_chunks, pad, split_chunks
-from metrics import (ERRORS, error_type, mean, measure_ecr, parallelism, shape, span_mass,
-                     span_shares, spans, wilson)
+from metrics import (ERRORS, chain_shape, covered_spans, effective_paths, error_type, mean,
+                     measure_ecr, span_mass, span_shares, spans, token_mass, wilson)
 from probes import (FEW, RECORDED, Setting, decode_after_latents, decode_after_prefixes,
                     decode_along_path, decode_split, record_latents, record_summaries)
 from report import FIGURES, LABELS, heaviest_tokens, page, picture, strip
@@ -56,7 +57,7 @@ WAYS = {  # of thinking: the checkpoint whose LLM does it, and how `decode.evalu
 }
 KS = (1, 2, 5, 10, 50, 100, RECORDED)  # ECR@K, and at K = c
 PATH_TOP_K = 100  # entries of α that count for a path
-PATH_BATCH = 64   # problems whose paths are compared at once: their (B, M, N, W, K) is large
+PATH_BATCH = 8    # problems whose paths are compared at once: α is made dense for it, (B, N, V)
 SHOWN = 12        # problems in the page that were solved, and as many that were not
 
 
@@ -163,12 +164,12 @@ def measure_continuation(setting, llm, latents):
 # ---------------------------------------------------------------------------- the chains recorded
 
 def measure_shape(llm, n_ordinary, chains):
-    """The norms of the ordinary tokens' embeddings, and metrics.shape of {whose: Latents}."""
+    """The norms of the ordinary tokens' embeddings, and metrics.chain_shape of {whose: Latents}."""
     norm = llm.wte.weight.detach()[:n_ordinary].float().norm(dim=1).cpu()
     low, high = norm.quantile(0.05).item(), norm.quantile(0.95).item()
     section = {"token_norm": {"low": low, "mean": mean(norm), "high": high}}
     for whose, latents in chains.items():
-        section[whose] = shape(latents.n, latents.values, latents.entropy, latents.z)
+        section[whose] = chain_shape(latents.n, latents.values, latents.entropy, latents.z)
     return section
 
 
@@ -188,15 +189,16 @@ def paths_of_next_problems(token_paths):
     flat = sum(token_paths, [])
     end, others = 0, []
     for paths in token_paths:
-        end += len(paths)
-        others.append([flat[(end + m) % len(flat)] for m in range(len(paths))])
+        start, end = end, end + len(paths)
+        rest = flat[end:] + flat[:start]
+        others.append([rest[m % len(rest)] for m in range(len(paths))])
     return others
 
 
-def follow_paths(latents, rows, token_paths, c):
-    """Of the problems `rows` that have any latent: [N_eff (R,), covered (R,), mass (R, M, N),
-    leading (R, N), effective (R, N)], as in metrics.py.
+def follow_paths(latents, rows, token_paths, c, orders):
+    """[N_eff (R,), covered (R,)] of those problems `rows` that have any latent, as in metrics.py.
 
+    With orders, [mass (R, M, N), leading (R, N), effective (R, N)] of the same problems as well.
     rows int64 (R,); token_paths: for each of them a list of paths.
     """
     tokens, length = pad_paths(token_paths)
@@ -206,16 +208,21 @@ def follow_paths(latents, rows, token_paths, c):
         n, values = latents.n[r], latents.values[r, :, :PATH_TOP_K]
         ids = latents.ids[r, :, :PATH_TOP_K]
         path = spans(tokens[index], length[index], n[:, None], c, ids.size(1))  # (B, M, N, W)
-        mass = span_mass(values, ids, path)                                     # (B, M, N)
-        found.append((*parallelism(values, ids, path, n), mass, *span_shares(mass, path)))
+        mass = token_mass(values, ids, path)                                    # (B, M, N, W)
+        figures = [effective_paths(mass, path, n), covered_spans(mass, path)]
+        if orders:
+            on_span = span_mass(mass, path)                                     # (B, M, N)
+            figures += [on_span, *span_shares(on_span, path)]
+        found.append(figures)
     has_latents = latents.n[rows] > 0
     return [torch.cat(parts)[has_latents] for parts in zip(*found)]
 
 
-def measure_parallelism(chains, paths, tokenizer, c):
+def measure_parallelism(chains, paths, tokenizer, c, orders):
     """Both measures for the problems of two paths or more; None where fewer than two have them.
 
-    chains {whose: Latents}; paths: for each problem the texts of its known paths.
+    chains {whose: Latents}; paths: for each problem the texts of its known paths; orders: whether
+    the m-th path is the same order of steps in all of them, as in the toy task.
     """
     rows = [r for r, known in enumerate(paths) if len(known) > 1]
     if len(rows) < 2:
@@ -223,17 +230,16 @@ def measure_parallelism(chains, paths, tokenizer, c):
     own = [[tokenizer.encode(path) for path in paths[r]] for r in rows]
     random = paths_of_next_problems(own)
     rows, count = torch.tensor(rows), torch.tensor([len(known) for known in own])
-    has_orders = bool((count == count[0]).all())  # then the m-th path is the same order everywhere
-    section = {"problems": len(rows), "paths": mean(count), "orders": {} if has_orders else None}
+    section = {"problems": len(rows), "paths": mean(count), "orders": {} if orders else None}
     for whose, latents in chains.items():
-        section[whose] = {}
-        for suffix, token_paths in (("_random", random), ("", own)):
-            n_eff, covered, mass, leading, effective = follow_paths(
-                latents, rows, token_paths, c)
-            section[whose] |= {"n_eff" + suffix: mean(n_eff),
-                               "above_1.7" + suffix: mean(n_eff > 1.7),
-                               "covered" + suffix: mean(covered)}
-        if has_orders:  # mass (R, M, N) is now that on the problems' own paths
+        n_eff, covered, *_ = follow_paths(latents, rows, random, c, orders=False)
+        section[whose] = {"n_eff_random": mean(n_eff), "above_1.7_random": mean(n_eff > 1.7),
+                          "covered_random": mean(covered)}
+        n_eff, covered, *by_order = follow_paths(latents, rows, own, c, orders)
+        section[whose] |= {"n_eff": mean(n_eff), "above_1.7": mean(n_eff > 1.7),
+                           "covered": mean(covered)}
+        if orders:
+            mass, leading, effective = by_order
             section["orders"][whose] = {
                 "mass": [[mean(x) for x in order.T] for order in mass.unbind(1)],
                 "leading": [mean(x) for x in leading.T],
@@ -254,7 +260,7 @@ def load_latent_model(args, env):
 
 
 def load_baselines(args, env):
-    """{file: checkpoint} of those trained. Raises UserError where one is of other problems."""
+    """{file: checkpoint} of those trained. Raises UserError where one does not fit phase 1."""
     checkpoints = {}
     for file in ("sft", "explicit", "no_cot"):
         path = args.out / f"{file}.pt"
@@ -263,7 +269,8 @@ def load_baselines(args, env):
             print(f"left out: there is no {path}{hint}")
             continue
         checkpoints[file] = common.load_checkpoint(path)
-        same = {field: env.config[field] for field in common.PROBLEMS}
+        fields = (*common.PROBLEMS, *common.SHAPE, "tokenizer")
+        same = {field: env.config[field] for field in fields}
         common.require_same(path, checkpoints[file]["config"], **same)
     return checkpoints
 
@@ -328,6 +335,8 @@ def measure(setting, checkpoints, paths, top_k, seed):
     llm = common.build(checkpoints["latent"], "llm", env.device)
     phase1_llm = common.build(checkpoints["sup"], "llm", env.device)
     encoder = common.build(checkpoints["sup"], "encoder", env.device)
+    hidden = llm.config.hidden_latents  # a hidden state cannot be cut to tokens
+    orders = "paths" in setting.problems.problems[0]
     report = measure_ways(setting, checkpoints, encoder, top_k)
     chains = {"encoder": record_summaries(setting, phase1_llm, encoder, top_k["gold"]),
               "latent": record_latents(setting, llm, top_k["latent"])}
@@ -336,10 +345,11 @@ def measure(setting, checkpoints, paths, top_k, seed):
     ecr = {whose: measure_ecr(chain.ids, chain.n, bag, ks) for whose, chain in chains.items()}
     report |= {"problems": R,
                "controls": measure_controls(setting, llm, chains["latent"], seed),
-               "collapse": measure_collapse(setting, llm, top_k["latent"], paths),
+               "collapse": None if hidden else
+               measure_collapse(setting, llm, top_k["latent"], paths),
                "continuation": measure_continuation(setting, phase1_llm, chains["encoder"]),
                "ecr": {"K": ks, **ecr},
-               "parallelism": measure_parallelism(chains, paths, env.tokenizer, c),
+               "parallelism": measure_parallelism(chains, paths, env.tokenizer, c, orders),
                "shape": measure_shape(llm, env.tokenizer.n_ordinary, chains)}
     return report, chains, bag
 
@@ -367,11 +377,10 @@ def main(argv=None):
     setting = Setting(test, R, args.chunk_size, caps, args.batch_size, env)
     report, chains, bag = measure(setting, checkpoints, paths, top_k, args.seed)
     configs = {file: checkpoint["config"] for file, checkpoint in checkpoints.items()}
-    report["config"] = {"analyze": env.config, **configs}
     report["curves"] = common.read_curves(args.out)
 
     # write
-    report = rounded(report)
+    report = rounded(report) | {"config": {"analyze": env.config, **configs}}
     html = page(report, pictures(setting, chains, bag))
     html = html.encode("utf-8", "replace")  # a question may hold half of a character
     path = args.out / ("report" if args.split == "test" else f"report-{args.split}")

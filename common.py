@@ -216,14 +216,10 @@ def fill_in_defaults(args, phase, parent):
     for field, value in preset.items():
         defaults[field] = value.get(phase) if isinstance(value, dict) else value
     defaults.update(inherited)
-    latent_steps = preset["steps"]["latent"] * (args.chunk_size or defaults["chunk_size"])
-    if phase == "latent":
-        defaults["steps"] = latent_steps
     if phase == "sup":
         defaults["top_k"] = 0
-        trained = [defaults[f] if getattr(args, f) is None else getattr(args, f)
-                   for f in ("sft_steps", "steps")]
-        defaults["baseline_steps"] = sum(trained) + latent_steps
+    if phase == "latent":
+        defaults["steps"] *= args.chunk_size or defaults["chunk_size"]
     for field, value in defaults.items():
         if field in INHERITED or hasattr(args, field):
             if getattr(args, field, None) is None:
@@ -237,6 +233,8 @@ def check_ranges(args):
         raise UserError("--easy: the toy task has no problems that are easier; leave it out")
     if args.renumber and args.data == "toy":
         raise UserError("--renumber: the toy task draws new problems already; leave it out")
+    if getattr(args, "split", None) == "renumbered" and args.data == "toy":
+        raise UserError("--split renumbered: the toy task's test problems are new already")
     if getattr(args, "as_told", 0) > 1:
         raise UserError(f"--as-told {args.as_told}: must be a share, 0 to 1")
     for field, value in vars(args).items():
@@ -547,7 +545,10 @@ def schedule(step, steps):
 
 def compiled(function, args):
     """torch.compile where --compile says so: a graph for each of the few widths of a run."""
-    return torch.compile(function, dynamic=False) if args.compile else function
+    if not args.compile:
+        return function
+    torch._dynamo.config.recompile_limit = 32  # a function may serve two loops, of 7 widths each
+    return torch.compile(function, dynamic=False)
 
 
 class Interrupt:
@@ -582,7 +583,7 @@ class Run:
                <name>.jsonl
     """
 
-    DEPENDS = (*PROBLEMS, "tokenizer", "batch_size", "lr", "model", "fingerprint")
+    DEPENDS = (*PROBLEMS, "tokenizer", "batch_size", "lr", "updates", "model", "fingerprint")
 
     def __init__(self, name, args, env, models, optimizer, problems, steps, depends=()):
         self.name, self.args, self.env, self.steps = name, args, env, steps
@@ -591,9 +592,11 @@ class Run:
         self.state = args.out / f"{name}.state.pt"
         self.step, self.best, self.figures = 0, -1.0, {}
         shape = asdict(next(iter(models.values())).config)
-        self.config = dict(env.config, fingerprint=problems.fingerprint, model=shape)
+        self.config = dict(env.config, fingerprint=problems.fingerprint, model=shape, updates=steps)
         if args.resume and self.state.exists():
             self.restore(depends)
+        elif args.resume and self.path.exists():
+            self.require_little_is_lost()
         elif args.overwrite and env.rank == 0:
             self.state.unlink(missing_ok=True)
             self.path.unlink(missing_ok=True)
@@ -613,6 +616,15 @@ class Run:
             model.load_state_dict(saved["models"][name])
         self.optimizer.load_state_dict(saved["optimizer"])
         self.step, self.best = saved["step"], saved["best"]
+
+    def require_little_is_lost(self):
+        """A model without its state: start over only if it is that of the first evaluation.
+
+        Then the run was killed between writing the two. Raises UserError otherwise.
+        """
+        if load_checkpoint(self.path)["step"] > min(self.args.eval_every, self.steps):
+            raise UserError(f"{self.state}: no such file, and without it {self.path.name} cannot "
+                            "be trained on; start over with --overwrite")
 
     def open_log(self):
         """Rows after the last save are dropped: those updates happen again."""

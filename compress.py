@@ -115,12 +115,14 @@ def main(argv=None):
         for done, batch in enumerate(progress, done + 1):
             enc = encoder_batch(batch, c, tokenizer.sum).to(env.device)
             with env.autocast():
-                kept = to_keep(encoder, summary_states(encoder, enc), tokenizer.n_ordinary, K)
+                kept_values, kept_ids, kept_mass = to_keep(
+                    encoder, summary_states(encoder, enc), tokenizer.n_ordinary, K)
             index = np.arange(enc.summary_index.size(1))                       # (N,)
             real = torch.from_numpy(index).to(env.device) < enc.n[:, None]     # (B, N)
             rows = (offsets[batch.rows][:, None] + index)[real.cpu().numpy()]
-            values[rows], ids[rows] = (tensor[real].cpu().numpy() for tensor in kept[:2])
-            mass += float(kept[2].expand_as(real)[real].sum())
+            values[rows] = kept_values[real].cpu().numpy()
+            ids[rows] = kept_ids[real].cpu().numpy()
+            mass += float(kept_mass.expand_as(real)[real].sum())
             if done % SAVE_EVERY == 0 or done == len(batches) or interrupt.pressed:
                 values.flush()
                 ids.flush()
@@ -129,9 +131,9 @@ def main(argv=None):
             if interrupt.pressed and done < len(batches):
                 raise UserError(f"stopped after {done} of {len(batches)} batches and saved; go on "
                                 "with --resume")
-    print(f"{folder}: {total} latents of {len(train)} problems; the top {K} hold "
-          f"{mass / max(1, total):.4f} of α's mass")
+    print(f"{folder}: {total} latents of {len(train)} problems")
     if total and not encoder.config.hidden_latents:
+        print(f"the top {K} hold {mass / total:.4f} of α's mass")
         report_ecr(folder, train, c)
 
 

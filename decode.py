@@ -219,13 +219,13 @@ def evaluate(llm, problems, env, thought, caps, encoder=None, chunk_size=1, top_
     Returns a dict: accuracy; steps, the mean of count_steps; capped and unparseable, numbers of
     problems; seconds; answers, {problem: (text, whether it is right, its ids)}.
     """
+    batch_size = batch_size or 256
     if prompt is None:
         prompt = partial(question_prompt, llm, env=env)
         if thought in ("gold", "continue"):
             summarized = gold_prompt if thought == "gold" else continuation_prompt
             prompt = partial(summarized, llm, encoder, env=env, c=chunk_size, top_k=top_k)
-    # with an encoder fewer: its α (B, N, n_ordinary) is large
-    batch_size = batch_size or (256 if encoder is None else 64)
+            batch_size = -(-batch_size // 4)  # fewer, since the α (B, N, n_ordinary) are large
     start, answers, steps, capped, unparseable = time.time(), {}, 0, 0, 0
     for batch in problems.eval_batches(batch_size, limit):
         with env.autocast():

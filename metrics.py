@@ -2,9 +2,11 @@
 
     wilson, mean            a share's interval; the mean of what is defined
     ecr, measure_ecr        how much of its chunk a summary holds
-    spans, parallelism      how many reasoning paths one chain of latents follows
+    spans, token_mass       paths cut into as many parts as there are latents; α of their tokens
+    effective_paths         how many reasoning paths one chain of latents follows,
+    covered_spans             in two measures
     span_mass, span_shares  how much of α is on each path, latent by latent
-    shape                   entropy, weight, norm and cosine along a chain
+    chain_shape             entropy, weight, norm and cosine along a chain
     error_type              why an answer written after a chain of text is wrong
 
 Shapes here, beside those of model.py:
@@ -136,20 +138,15 @@ def spans(tokens, length, n, c, N):
     return span.where(inside & ~repeated, -1)
 
 
-def token_mass(values, ids, tokens):
-    """α of these tokens, 0 beyond its K entries: (..., K), (..., K), int (..., W) -> (..., W)."""
-    match = ids[..., None, :] == tokens[..., :, None]                  # (..., W, K)
-    return (match * values[..., None, :]).sum(-1)
+def token_mass(values, ids, path):
+    """α of the tokens of `path`, from `spans`, 0 beyond its K entries and where there is none.
 
-
-def parallelism(values, ids, path, n):
-    """(N_eff, covered), float (R,) each: how many of its problem's paths a chain follows.
-
-    values, ids (R, N, K); path int64 (R, M, N, W), from `spans`; n int64 (R,). N_eff is NaN where n
-    is 0. See `effective_paths` and `covered_spans`.
+    values, ids (R, N, K); path int64 (R, M, N, W) -> float (R, M, N, W).
     """
-    mass = token_mass(values[:, None], ids[:, None], path)             # (R, M, N, W)
-    return effective_paths(mass, path, n), covered_spans(mass, path)
+    V = 1 + int(max(ids.max(), path.max()))
+    alpha = values.new_zeros(*ids.shape[:2], V + 1).scatter(2, ids.long(), values)  # (R, N, V + 1)
+    index = path.where(path >= 0, V)  # the last entry is that of no token: 0
+    return alpha[:, None].expand(-1, path.size(1), -1, -1).gather(3, index)
 
 
 def effective_paths(mass, path, n):
@@ -157,7 +154,8 @@ def effective_paths(mass, path, n):
 
     One path followed makes 1. M paths followed alike make M, and so do M paths none of which is
     followed: beside it belongs N_eff with random paths.
-    mass float (R, M, N, W): α of path's tokens; path int64 (R, M, N, W); n int64 (R,)
+    mass float (R, M, N, W): α of path's tokens, from `token_mass`; path int64 (R, M, N, W), from
+    `spans`; n int64 (R,). NaN where n is 0.
     """
     known = (path >= 0).flatten(2).any(2)                              # (R, M)
     log_mass = mass.sum(3).clamp(min=FLOOR).log()                      # (R, M, N)
@@ -197,17 +195,17 @@ def covered_spans(mass, path):
     return (count * differ).sum(1) / differ.sum(1)
 
 
-def span_mass(values, ids, path):
+def span_mass(mass, path):
     """α's mass on each path's span, on tokens that no different span has at t: float (R, M, N).
 
     NaN at the latents where the paths do not differ, and where a span has no token of its own.
-    values, ids (R, N, K); path int64 (R, M, N, W).
+    mass, path (R, M, N, W) as in `effective_paths`.
     """
     match = path[:, :, None, :, :, None] == path[:, None, :, :, None, :]   # (R, M, M, N, W, W)
     other = ~same_spans(path)                                              # (R, M, M, N)
     shared = (match.any(5) & other[..., None]).any(2)                      # (R, M, N, W)
     own = (path >= 0) & ~shared
-    mass = (token_mass(values[:, None], ids[:, None], path) * own).sum(3)  # (R, M, N)
+    mass = (mass * own).sum(3)                                             # (R, M, N)
     differ = distinct_spans(path).sum(1) > 1                               # (R, N)
     every_path_has_some = own.any(3).all(1)                                # (R, N)
     return mass.where((differ & every_path_has_some)[:, None], torch.nan)
@@ -227,7 +225,7 @@ def span_shares(mass, path):
 
 # ------------------------------------------------------------------------------------------ shape
 
-def shape(n, values, entropy, z):
+def chain_shape(n, values, entropy, z):
     """How α and z change along a chain: lists over positions, of means over the chains so long.
 
     count    how many chains are so long

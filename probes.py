@@ -149,7 +149,7 @@ def decode_along_path(setting, llm, path, top_k=0):
     """
     def on_latent(batch, step, q, z, active):
         if step >= path.size(1):
-            return q
+            return None
         chunk = path[torch.from_numpy(batch.rows), step].to(q.device)           # (B, c)
         allowed = torch.zeros(len(q), q.size(1) + 1, device=q.device)
         allowed.scatter_(1, chunk.where(chunk >= 0, q.size(1)), 1.0)

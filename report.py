@@ -224,6 +224,12 @@ def learning_curves(loops):
     return html
 
 
+def collapse_table(collapse):
+    if collapse is None:
+        return "<p>Not measured: a hidden state cannot be cut to tokens.</p>"
+    return table({key: collapse[key] for key in ("accuracy", "interval")})
+
+
 def page(report, pictures):
     """report.html as text: one file, no script, no request.
 
@@ -242,7 +248,7 @@ def page(report, pictures):
         "verdict": verdict(controls),
         "donor": f"{100 * controls['donor']:.0f}",
         "controls": table({key: controls[key] for key in ("accuracy", "interval")}),
-        "collapse": table({key: report["collapse"][key] for key in ("accuracy", "interval")}),
+        "collapse": collapse_table(report["collapse"]),
         "ecr": ecr_table(report["ecr"]),
         "curves": learning_curves(report["curves"]),
         "more": "\n".join(pictures[1:])}

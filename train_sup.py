@@ -31,7 +31,8 @@ from encoder import (chunk_bags, draw_chunk, encoder_batch, explicit_batch, inse
 from losses import bag_kl, weighted_nll
 from model import GPT, GPT2, GPTConfig
 
-NONE = 0.25  # the share of problems in which the text that is followed starts before any latent
+FROM_START = 0.25  # share of problems in which the text that is followed starts before any latent
+TRAINED_WITH = ("batch_size", "lr")  # what the baselines have in common with the warm-up
 
 
 def add_flags(p):
@@ -39,7 +40,7 @@ def add_flags(p):
     add("--baselines", action="store_true", help="train what latent reasoning is compared with "
         "instead: explicit.pt goes on from sft.pt, no_cot.pt answers at once, X <bot> <eot> Ans")
     add("--baseline-steps", type=int, help="updates of each baseline, those of sft.pt included "
-        "(default: as many as latent has in all three loops)")
+        "(default: as many as sft.pt, sup.pt and latent.pt in --out had)")
     add = p.add_argument_group("ablations").add_argument
     add("--bag", type=float, default=1.0, help="bag-of-tokens loss on α: its weight λ, which "
         "falls to a half of this (default: 1; 0 = off)")
@@ -143,7 +144,8 @@ def train_superposition(encoder, llm, train, val, args, env):
                 sup = torch.zeros_like(kl)
             else:
                 rate = common.schedule(step - bag_steps, steps - bag_steps)
-                followed = draw_chunk(batch, c, args.seed, step, env.rank, env.world, NONE)  # (B,)
+                followed = draw_chunk(batch, c, args.seed, step, env.rank, env.world,
+                                      FROM_START)  # (B,)
                 seq = llm_batch(batch, c, followed, args.follow).to(env.device)
                 sup, kl = forward(encoder, llm, enc, seq, bag, tokenizer.n_ordinary, args.top_k,
                                   args.ltsum)
@@ -168,13 +170,17 @@ def train_superposition(encoder, llm, train, val, args, env):
 def train_baselines(llm, train, val, args, env):
     """Explicit and no chain of thought, with as many updates as latent reasoning has in all."""
     sft = common.load_checkpoint(args.out / "sft.pt")
-    same = {field: env.config[field] for field in common.PROBLEMS}
+    same = {field: env.config[field] for field in (*common.PROBLEMS, *common.SHAPE, *TRAINED_WITH)}
     common.require_same(args.out / "sft.pt", sft["config"], **same, fingerprint=train.fingerprint)
+    steps = args.baseline_steps
+    if steps is None:
+        later = [common.load_checkpoint(args.out / file) for file in ("sup.pt", "latent.pt")]
+        steps = sft["config"]["sft_steps"] + sum(phase["config"]["steps"] for phase in later)
     explicit = common.build(sft, "llm", env.device)
-    steps = max(0, args.baseline_steps - sft["config"]["sft_steps"])
-    train_explicit("explicit", explicit, train, val, steps, args, env)
+    rest = max(0, steps - sft["config"]["sft_steps"])
+    train_explicit("explicit", explicit, train, val, rest, args, env)
     train, val = splits(args, env, no_cot=True)
-    train_explicit("no_cot", llm, train, val, args.baseline_steps, args, env)
+    train_explicit("no_cot", llm, train, val, steps, args, env)
 
 
 # --------------------------------------------------------------------------------------- the script

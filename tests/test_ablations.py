@@ -1,5 +1,7 @@
 """Each ablation against the plain loop that says what it leaves out."""
+import json
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -132,8 +134,8 @@ def test_decoding_feeds_hidden_states_back():
     (["--ltim", "off", "--ltsum", "off"], ["--start", "sft"]),
     (["--latents", "hidden", "--encoder-first", 1], []),
 ], ids=["no masks", "hidden"])
-def test_the_pipeline_with_ablations(call, flags, latent):  # noqa: F811
-    """Every later script reads what phase 1 said of its latents."""
+def test_the_pipeline_with_ablations(call, capsys, flags, latent):  # noqa: F811
+    """Every later script reads what phase 1 said of its latents; a hidden state has no tokens."""
     call("train_sup", *TINY, *flags, "--out", "run")
     call("compress", "--out", "run")
     call("train_latent", "--steps", 2, *latent, "--out", "run")
@@ -143,6 +145,10 @@ def test_the_pipeline_with_ablations(call, flags, latent):  # noqa: F811
     assert config["hidden_latents"] == ("--latents" in flags)
     values = np.load("run/latents/values.npy")
     assert (values < 0).any() == ("--latents" in flags)
+    assert ("of α's mass" in capsys.readouterr().out) == ("--latents" not in flags)
+    report = json.loads(Path("run/report.json").read_text("utf-8"))
+    assert (report["collapse"] is None) == ("--latents" in flags)
+    assert ("cannot be cut" in Path("run/report.html").read_text("utf-8")) == ("--latents" in flags)
 
 
 def test_the_llm_is_frozen_while_the_encoder_is_first(call):  # noqa: F811

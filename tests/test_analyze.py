@@ -229,10 +229,10 @@ def test_report_has_its_sections_and_no_nan(run, capsys):
 
 
 def test_one_command_trains_the_baselines_and_the_report_has_them(run, tmp_path):
-    """explicit.pt goes on from sft.pt, no_cot.pt starts anew; both have the updates asked for."""
+    """explicit.pt goes on from sft.pt, no_cot.pt starts anew; both have the three loops' updates."""
     out = shutil.copytree(run, tmp_path / "run")
     before = (out / "sup.pt").read_bytes(), (out / "sft.pt").read_bytes()
-    train_sup.main([*TINY, "--out", str(out), "--baselines", "--baseline-steps", "3"])
+    train_sup.main([*TINY, "--out", str(out), "--baselines"])
     assert before == ((out / "sup.pt").read_bytes(), (out / "sft.pt").read_bytes())
     steps = {name: torch.load(out / f"{name}.state.pt", weights_only=True)["step"]
              for name in ("sft", "explicit", "no_cot")}
@@ -256,6 +256,18 @@ def test_another_split_has_a_report_of_its_own(run, tmp_path):
     out = shutil.copytree(run, tmp_path / "run")
     analyze.main(["--out", str(out), "--split", "held-out"])
     assert json.loads((out / "report-held-out.json").read_text())["problems"] == 8
+
+
+def test_what_the_report_says_of_a_run_is_not_rounded(run, tmp_path):
+    out = shutil.copytree(run, tmp_path / "run")
+    train_latent.main(["--out", str(out), "--steps", "1", "--lr", "2e-5", "--overwrite"])
+    assert report_of(out, "--limit", "2")["config"]["latent"]["lr"] == 2e-5
+
+
+def test_paths_of_other_problems_are_never_its_own():
+    """Also where one problem has most of them."""
+    paths = [[[1], [2]], [[3], [4], [5], [6], [7]]]
+    assert paths_of_next_problems(paths) == [[[3], [4]], [[1], [2], [1], [2], [1]]]
 
 
 def test_page_holds_what_the_report_says(run):

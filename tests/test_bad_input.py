@@ -190,7 +190,11 @@ def test_top_k_beyond_the_vocabulary_is_all_of_it(tmp_path):
     ("train_sup", [*TINY, "--bag", 0.5, "--resume"], "bag = 1.0, here it is 0.5"),
     ("train_sup", [*TINY, "--baselines", "--seed", 1], "sft.pt was made with"),
     ("train_sup", [*TINY, "--baselines", "--as-told", 0.5], "sft.pt was made with"),
+    ("train_sup", [*TINY, "--baselines", "--n-layer", 2], "n_layer = 1, here it is 2"),
+    ("train_sup", [*TINY, "--baselines", "--lr", 0.5], "here it is 0.5"),
     ("train_latent", ["--noise", 1, "--steps", 1, "--resume"], "noise = 0.1, here it is 1"),
+    ("train_latent", ["--steps", 2, "--resume"], "updates = 1, here it is 2"),
+    ("analyze", ["--split", "renumbered"], "test problems are new already"),
     ("compress", ["--batch-size", 4, "--resume"], "batch_size = "),
     ("analyze", ["--limit", 0], "--limit 0"),
     ("train_latent", ["--seed", 1, "--overwrite"], "contradicts"),
@@ -209,6 +213,26 @@ def test_the_baselines_change_nothing_of_the_phases(copy):
     after = contents(copy)
     assert before == {path: after[path] for path in before}
     assert {path.stem.split(".")[0] for path in set(after) - set(before)} == {"explicit", "no_cot"}
+
+
+def test_a_model_without_its_state_is_not_trained_over(copy, capsys):
+    """But where it is that of the first evaluation, the run was killed between the two files."""
+    (copy / "latent.state.pt").unlink()
+    command = ["--out", copy, "--steps", 1, "--resume"]
+    saved = torch.load(copy / "latent.pt", weights_only=True)
+    torch.save({**saved, "step": 2}, copy / "latent.pt")
+    refused("train_latent", command, copy, "latent.state.pt: no such file", capsys)
+    torch.save(saved, copy / "latent.pt")
+    train_latent.main([str(word) for word in command])
+    assert (copy / "latent.state.pt").exists()
+
+
+def test_other_baselines_are_not_compared_with(copy, capsys):
+    saved = torch.load(copy / "sft.pt", weights_only=True)
+    for field, value in ("n_layer", 2), ("tokenizer", "gpt2"):
+        torch.save({**saved, "config": {**saved["config"], field: value}}, copy / "no_cot.pt")
+        refused("analyze", ["--out", copy], copy, f"no_cot.pt was made with {field} = {value}",
+                capsys)
 
 
 @pytest.mark.parametrize("script", ["compress", "train_latent", "analyze"])
@@ -271,13 +295,20 @@ def no_slope(p, ids, logits, n):
     return (logits.sum() * 0).sqrt()
 
 
+def one_update_less(path):
+    """The state of a run that ended, as if its last update were still to come."""
+    state = torch.load(path, weights_only=True)
+    torch.save({**state, "step": state["step"] - 1}, path)
+
+
 @pytest.mark.parametrize("latent_kl, says", [(no_number, "loss = nan"), (no_slope, "norm = nan")])
 def test_a_loss_that_is_no_number_saves_nothing(copy, monkeypatch, latent_kl, says):
     files = copy / "latent.state.pt", copy / "latent.pt"
+    one_update_less(files[0])
     before = [file.read_bytes() for file in files]
     monkeypatch.setattr(train_latent, "latent_kl", latent_kl)
-    with pytest.raises(data.UserError, match=f"latent is no number at step 1 .*{says}"):
-        train_latent.main(["--out", str(copy), "--steps", "3", "--resume"])
+    with pytest.raises(data.UserError, match=f"latent is no number at step 0 .*{says}"):
+        train_latent.main(["--out", str(copy), "--steps", "1", "--resume"])
     assert before == [file.read_bytes() for file in files]
 
 
@@ -305,9 +336,10 @@ def test_a_full_disk_is_one_sentence(copy):
     def but_for_logs():
         return {path: text for path, text in contents(copy).items() if path.suffix != ".jsonl"}
 
+    one_update_less(copy / "latent.state.pt")
     before = but_for_logs()
     command = [sys.executable, "-c", FULL_DISK, str(ROOT / "train_latent.py"), "--out", str(copy),
-               "--steps", "2", "--resume"]
+               "--steps", "1", "--resume"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 1 and "could not write" in done.stderr, done.stderr
     assert "Traceback" not in done.stderr, done.stderr

@@ -1,11 +1,12 @@
 """Every metric on an α written by hand, where the right value is known."""
+import itertools
 import math
 
 import pytest
 import torch
 
-from metrics import (calculate, ecr, error_type, mean, measure_ecr, parallelism, shape, span_mass,
-                     span_shares, spans, wilson)
+from metrics import (calculate, chain_shape, covered_spans, ecr, effective_paths, error_type, mean,
+                     measure_ecr, span_mass, span_shares, spans, token_mass, wilson)
 
 V = 40  # ids of the vocabulary here
 
@@ -37,8 +38,8 @@ N3, PATHS = torch.tensor([3]), path(A, B)
 
 
 def follow(*latents, paths=PATHS, n=N3):
-    n_eff, covered = parallelism(*top(*latents), paths, n)
-    return n_eff.item(), covered.item()
+    mass = token_mass(*top(*latents), paths)
+    return effective_paths(mass, paths, n).item(), covered_spans(mass, paths).item()
 
 
 # ----------------------------------------------------------------------------------- small things
@@ -201,23 +202,39 @@ def test_nothing_that_tells_the_paths_apart_is_undefined():
     assert math.isnan(covered)
 
 
+def on_spans(paths, *latents):
+    return span_mass(token_mass(*top(*latents), paths), paths)
+
+
+def test_the_mass_of_tokens_is_that_of_a_plain_search():
+    """With ids that no path has, tokens that are not among the entries, and padding."""
+    g = torch.Generator().manual_seed(0)
+    R, M, N, W, K, V = 3, 2, 4, 3, 5, 9
+    ids = torch.rand(R, N, V, generator=g).topk(K).indices.int()
+    values = torch.rand(R, N, K, generator=g)
+    tokens = torch.randint(-1, V + 3, (R, M, N, W), generator=g)
+    mass = token_mass(values, ids, tokens)
+    for r, m, t, w in itertools.product(range(R), range(M), range(N), range(W)):
+        alpha = dict(zip(ids[r, t].tolist(), values[r, t].tolist()))
+        assert mass[r, m, t, w].item() == alpha.get(tokens[r, m, t, w].item(), 0)
+
+
 def test_span_mass():
     """The mass on the tokens that no different span has; NaN where the paths do not differ."""
-    mass = span_mass(*top({1: .5, 2: .2, 5: .2, 6: .1}, {3: 1}, even(9, 8)), path(A, B))
+    mass = on_spans(path(A, B), {1: .5, 2: .2, 5: .2, 6: .1}, {3: 1}, even(9, 8))
     assert mass[0, :, 0].tolist() == pytest.approx([.7, .3])
     assert mass[0, :, 1].tolist() == pytest.approx([1, 0])
     assert mass[0, :, 2].isnan().all()
-    shared = span_mass(*top({1: .5, 2: .5}), path([[1, 2]], [[1, 6]]))  # token 1 is of both
+    shared = on_spans(path([[1, 2]], [[1, 6]]), {1: .5, 2: .5})  # token 1 is of both
     assert shared[0, :, 0].tolist() == pytest.approx([.5, 0])
-    inside = span_mass(*top({1: .5, 2: .5}), path([[1]], [[1, 6]]))  # the first has none
+    inside = on_spans(path([[1]], [[1, 6]]), {1: .5, 2: .5})  # the first has none
     assert inside.isnan().all()
 
 
 def test_paths_of_one_span_have_its_mass_together():
     """Six orders of three steps begin with only three different spans."""
     three = path([[1], [2]], [[1], [3]], [[2], [1]], [[2], [3]], [[3], [1]], [[3], [2]])
-    values, ids = top({1: .6, 2: .3, 3: .1}, even(2))
-    mass = span_mass(values, ids, three)
+    mass = on_spans(three, {1: .6, 2: .3, 3: .1}, even(2))
     assert mass[0, :, 0].tolist() == pytest.approx([.6, .6, .3, .3, .1, .1])
     leading, effective = span_shares(mass, three)
     entropy = -sum(p * math.log(p) for p in (.6, .3, .1))
@@ -226,7 +243,7 @@ def test_paths_of_one_span_have_its_mass_together():
 
 
 def test_shares_of_no_mass_are_undefined():
-    mass = span_mass(*top({7: 1}, {3: .5, 7: .5}, even(9, 8)), path(A, B))
+    mass = on_spans(path(A, B), {7: 1}, {3: .5, 7: .5}, even(9, 8))
     leading, effective = span_shares(mass, path(A, B))
     assert leading[0].isnan().tolist() == effective[0].isnan().tolist() == [True, False, True]
     assert leading[0, 1] == 0.5 and effective[0, 1] == pytest.approx(2)
@@ -240,7 +257,7 @@ def test_shape():
                       [[6.0, 8.0], [6.0, 8.0], [3.0, 4.0]]])
     values = torch.tensor([[[0.5], [1.0], [9.0]], [[0.7], [1.0], [0.2]]])
     entropy = torch.tensor([[1.0, 2.0, 99.0], [3.0, 4.0, 5.0]])
-    found = shape(torch.tensor([2, 3]), values, entropy, z)
+    found = chain_shape(torch.tensor([2, 3]), values, entropy, z)
     assert found["count"] == [2, 2, 1]
     assert found["entropy"] == [2, 3, 5] and found["top1"] == pytest.approx([0.6, 1, 0.2])
     assert found["norm"] == pytest.approx([7.5, 7.5, 5])
