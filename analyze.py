@@ -104,6 +104,12 @@ def control_chains(z, n, tokens, E):
             "shuffled": (z.roll(1, 0), n.roll(1)), "random": (E[tokens], n)}
 
 
+def with_intervals(found, R):
+    """{"accuracy", "interval": {name: …}} of {name: what `decode.evaluate` returns}."""
+    return {"accuracy": {name: f["accuracy"] for name, f in found.items()},
+            "interval": {name: wilson(f["accuracy"] * R, R) for name, f in found.items()}}
+
+
 def measure_controls(setting, llm, latents, seed):
     """The accuracy of the latent model when it is given a chain: its own, or another."""
     R, problems = setting.R, setting.problems
@@ -116,9 +122,7 @@ def measure_controls(setting, llm, latents, seed):
     donor = 0
     for row, (text, _, _) in found["shuffled"]["answers"].items():
         donor += to_number(text) == to_number(problems.problems[(row - 1) % R]["answer"])
-    return {"accuracy": {name: f["accuracy"] for name, f in found.items()},
-            "donor": donor / R,
-            "interval": {name: wilson(f["accuracy"] * R, R) for name, f in found.items()},
+    return {**with_intervals(found, R), "donor": donor / R,
             "cut": {"problems": min(R, FEW), "k": ks, "accuracy": [f["accuracy"] for f in cut]}}
 
 
@@ -141,9 +145,7 @@ def measure_collapse(setting, llm, top_k, paths):
         texts = [known[m] if known else "" for known in paths]
         chunks = path_chunks(texts, setting.env.tokenizer, setting.c)
         found[name] = decode_along_path(setting, llm, chunks, top_k)
-    R = setting.R
-    return {"accuracy": {name: f["accuracy"] for name, f in found.items()},
-            "interval": {name: wilson(f["accuracy"] * R, R) for name, f in found.items()}}
+    return with_intervals(found, setting.R)
 
 
 def measure_continuation(setting, llm, latents):

@@ -1,8 +1,8 @@
 """Bookkeeping that the scripts share: flags, device, files, the store, resuming, log, processes.
 
-Nothing about latents is decided here, and nothing is learned: a script's own loop does that. In
-reading order: defaults and flags, the set-up of a script, several processes, files, the store of
-phase 2, a training run.
+A script's own loop does the learning; of what decides how it learns, the presets, the optimizer
+and the schedule are here. In reading order: defaults and flags, the set-up of a script, several
+processes, files, the store of phase 2, the optimizer, a training run.
 """
 import argparse
 import contextlib
@@ -116,6 +116,8 @@ def add_training_flags(group, phase):
     if phase == "sup":
         add("--sft-steps", type=int, help="updates of the explicit warm-up")
     add("--eval-every", type=int, help="updates between two evaluations, which also save")
+    add("--compile", action=argparse.BooleanOptionalAction,
+        help="torch.compile the training step (default: on cuda)")
 
 
 def add_run_flags(group, phase):
@@ -128,8 +130,6 @@ def add_run_flags(group, phase):
     add("--dtype", choices=["float32", "bfloat16"],
         help="of the matrix products (default: bfloat16 on cuda, else float32; on cuda that is "
         "TF32)")
-    add("--compile", action=argparse.BooleanOptionalAction,
-        help="torch.compile the training step (default: on cuda)")
     if phase != "analyze":
         again = group.add_mutually_exclusive_group()
         again.add_argument("--resume", action="store_true",
@@ -285,7 +285,7 @@ def choose_precision(args, device):
     if args.dtype is None:
         has_bfloat16 = gpu and torch.cuda.is_bf16_supported(including_emulation=False)
         args.dtype = "bfloat16" if has_bfloat16 else "float32"
-    if args.compile is None:
+    if "compile" in args and args.compile is None:
         args.compile = gpu and find_spec("triton") is not None
     torch.set_float32_matmul_precision("high")
 
@@ -319,6 +319,12 @@ def commit():
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
     return done.stdout.strip()
+
+
+def say_next(script, args, env):
+    """The command of the next phase, with the folder that this one has written to."""
+    if env.rank == 0:
+        print(f"next: python {script} --out {args.out}")
 
 
 def start(main):
@@ -411,7 +417,7 @@ def load_checkpoint(path):
         raise UserError(f"{path}: no such file{hint}")
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
-        return {"config": saved["config"], **saved}
+        return {"config": saved["config"], **saved}  # a KeyError where it has none
     except Exception as error:  # a truncated or foreign file fails in many ways
         raise UserError(f"{path}: not a checkpoint of this project ({type(error).__name__})")
 
@@ -492,7 +498,7 @@ class Store:
         return values, torch.from_numpy(self.ids[index].astype(np.int64))
 
 
-# ----------------------------------------------------------------------------------- a training run
+# ------------------------------------------------------------------- the optimizer and its schedule
 
 class Optimizer:
     """Muon for the matrices of the blocks, AdamW for the embeddings and all vectors, as one.
@@ -550,6 +556,8 @@ def compiled(function, args):
     torch._dynamo.config.recompile_limit = 32  # a function may serve two loops, of 7 widths each
     return torch.compile(function, dynamic=False)
 
+
+# ----------------------------------------------------------------------------------- a training run
 
 class Interrupt:
     """While open, a first Ctrl-C sets `pressed`, so that the loop can save; a second ends it."""

@@ -135,6 +135,7 @@ def main(argv=None):
     if total and not encoder.config.hidden_latents:
         print(f"the top {K} hold {mass / total:.4f} of α's mass")
         report_ecr(folder, train, c)
+    common.say_next("train_latent.py", args, env)
 
 
 if __name__ == "__main__":

@@ -440,7 +440,7 @@ class Batch:
 
     rows: np.ndarray  # (B,) which problems
     problems: list    # their Tokens
-    bucket: tuple     # token counts (question, chain, answer) of all it may be made of: arrays
+    lengths: tuple    # token counts (question, chain, answer) of all it may be made of: arrays
 
 
 def choose_widths(length):
@@ -460,10 +460,10 @@ def choose_widths(length):
 class Problems:
     """A split, tokenized once. Problems longer than the model are dropped and counted in `dropped`.
 
-    Problems of like length share a bucket, and a batch is padded as the longest of its bucket
-    needs, so that a run sees as many widths as there are buckets. Which problems make batch t is a
-    function of (seed, t) alone: to resume is to go on counting. Raises UserError where no problem
-    is left.
+    Problems of like length share a bucket, and a training batch is padded as the longest problem of
+    its bucket needs, so that a loop sees as many widths as there are buckets. Before its first
+    batch a loop calls make_buckets. Which problems make batch t is a function of (seed, t) alone:
+    to resume is to go on counting. Raises UserError where no problem is left.
     """
 
     def __init__(self, problems, tokenizer, block_size, chunk_size=1, no_cot=False):

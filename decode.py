@@ -107,17 +107,18 @@ def decode(llm, tokenizer, x, pos, length, latent=0, top_k=0, max_latents=0, max
     hidden, cache, visible = prefill(llm, x, pos, length, steps)
     state, out = RowState(last, latent), []
     for step in range(steps + 1):
+        positions = block if step < steps else 0  # after the last step no row may go on
         token, written = state.advance(llm.head(hidden).argmax(1), tokenizer, max_latents,
-                                       max_tokens, positions=block if step < steps else 0)
+                                       max_tokens, positions)
         out.append(written)
         if state.done.all():
             break
         x = llm.wte(token)  # (B, C)
         if state.thinking.any():
             q, z = latents_of(llm, hidden, llm.wte.weight, tokenizer.n_ordinary, top_k)
-            replaced = on_latent and on_latent(step, q, z, state.thinking)
-            if replaced is not None:
-                z = superpose(replaced, llm.wte.weight, top_k)
+            if on_latent:
+                replaced = on_latent(step, q, z, state.thinking)
+                z = z if replaced is None else superpose(replaced, llm.wte.weight, top_k)
             z = z.to(x.dtype)
             x = torch.where(state.thinking[:, None], z, x)
             state.latents += state.thinking

@@ -227,7 +227,7 @@ def collate(rows, T, P=1, N=1):
 # problems, and n the numbers of their chunks.
 
 def encoder_batch(batch, c, sum_id):
-    x, s, _ = batch.bucket
+    x, s, _ = batch.lengths
     n = count_chunks(s, c)
     rows = [encoder_layout(p.question, split_chunks(p.chain, c), sum_id) for p in batch.problems]
     return collate(rows, T=(x + s + n).max(), N=n.max())
@@ -235,7 +235,7 @@ def encoder_batch(batch, c, sum_id):
 
 def llm_batch(batch, c, follow=None, follow_weight=1.0):
     """follow int (B,): `follow` of each row's llm_layout; None, or weight 0: none is followed."""
-    x, s, a = batch.bucket
+    x, s, a = batch.lengths
     n, text = count_chunks(s, c), np.maximum(s - c, 0) + a  # S₀ is not in it
     if follow is None or not follow_weight:
         follow = [None] * len(batch.problems)
@@ -247,7 +247,7 @@ def llm_batch(batch, c, follow=None, follow_weight=1.0):
 
 
 def latent_batch(batch, c):
-    x, s, a = batch.bucket
+    x, s, a = batch.lengths
     n = count_chunks(s, c)
     rows = [latent_layout(p.question, split_chunks(p.chain, c), p.answer, c)
             for p in batch.problems]
@@ -255,10 +255,12 @@ def latent_batch(batch, c):
 
 
 def explicit_batch(batch):
-    x, s, a = batch.bucket
+    x, s, a = batch.lengths
     rows = [explicit_layout(p.question, p.chain, p.answer) for p in batch.problems]
     return collate(rows, T=(x + s + a).max(), P=(s + a).max())
 
+
+# ------------------------------------------------------------- what phase 1 draws and compares with
 
 def draw_chunk(batch, c, seed, step, rank=0, world=1, none=0.0):
     """For each problem at random the last chunk that is read as a latent: an int64 array (B,).
@@ -275,11 +277,11 @@ def draw_chunk(batch, c, seed, step, rank=0, world=1, none=0.0):
 
 
 def chunk_bags(batch, c):
-    """Each chunk's tokens as a bag (see bag_weights): int64 (B, N, c), -1 past the chunk's end.
+    """Each chunk's tokens, for losses.bag_kl: int64 (B, N, c), -1 past the chunk's end.
 
     Where the longest chain of the bucket is shorter than c, its length takes the place of c.
     """
-    longest = max(1, int(batch.bucket[1].max()))
+    longest = max(1, int(batch.lengths[1].max()))
     c = min(c, longest)
     N = count_chunks(longest, c)
     return pad([p.chain for p in batch.problems], N * c, value=-1).view(-1, N, c)  # (B, N, c)

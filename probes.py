@@ -65,7 +65,7 @@ def allocate(setting, llm, N):
         answers={})
 
 
-def store(latents, rows, t, alpha, z):
+def record(latents, rows, t, alpha, z):
     """Record α (..., V) and z (..., C) as the latents t of the problems `rows`."""
     values, ids = alpha.topk(latents.values.size(2))
     latents.values[rows, t] = values.cpu()
@@ -88,7 +88,7 @@ def record_latents(setting, llm, top_k):
 
     def on_latent(batch, step, q, z, active):
         rows = torch.from_numpy(batch.rows)[active.cpu()]
-        store(latents, rows, step, q[active], z[active])
+        record(latents, rows, step, q[active], z[active])
         latents.n[rows] = step + 1
 
     found = decode_split(setting, llm, "latent", top_k=top_k, on_latent=on_latent)
@@ -106,7 +106,7 @@ def record_summaries(setting, llm, encoder, top_k):
         with env.autocast():
             alpha, z, _ = summaries(llm, encoder, batch, env, setting.c, top_k)
         rows = torch.from_numpy(batch.rows)[:, None]  # (B, 1)
-        store(latents, rows, torch.arange(alpha.size(1)), alpha, z)
+        record(latents, rows, torch.arange(alpha.size(1)), alpha, z)
     return latents
 
 

@@ -90,6 +90,19 @@ def value_of(text):
     return Fraction(text.replace(",", ""))
 
 
+def is_arithmetic(text):
+    """Whether a text has nothing but digits, points, parentheses and + - * /: safe to evaluate."""
+    plain = re.fullmatch(r"[-+*/().\d]{1,200}", text, re.ASCII)
+    return bool(plain) and "**" not in text and "//" not in text
+
+
+def constants_of(question):
+    """The constants that its words bring in: the 7 of a week, the 12 of a dozen."""
+    words = re.findall("[a-z]+|%", question.lower())
+    return set().union(*(BRINGS.get(word) or BRINGS.get(word.removesuffix("s"), set())
+                         for word in words))
+
+
 def places(value):
     """How many digits after the point write a value exactly. Raises ValueError for 1/3 and such."""
     for n in range(7):
@@ -141,9 +154,7 @@ class Parser:
     """What is known so far of the numbers of a problem while its texts are cut up."""
 
     def __init__(self, question):
-        words = re.findall("[a-z]+|%", question.lower())
-        brought = [BRINGS.get(word) or BRINGS.get(word.removesuffix("s"), set()) for word in words]
-        self.brought = set().union(*brought)
+        self.brought = constants_of(question)
         self.values = []
         self.sources = []    # for each value the indices that it is made of, its own included
         self.known = {}      # value: the numbers of the question and the results that have it
@@ -211,7 +222,7 @@ class Parser:
     def step(self, text):
         """The parts of a step '48/2=24'; the last is the Slot of its result, known from here on."""
         left, _, right = text.rpartition("=")
-        if not re.fullmatch(r"[-+*/().\d]{1,200}", left) or "**" in left or "//" in left:
+        if not is_arithmetic(left):
             raise ValueError("a step that is no plain arithmetic")
         if not NUMBER.fullmatch(right):
             raise ValueError("a result that is no plain number")

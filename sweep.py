@@ -68,9 +68,9 @@ SETTINGS = [
     ("one-order", "orders told", "--as-told 1", "", ""),
     ("even-orders", "orders told", "--as-told 0.167", "", ""),
 ]
-# flags of train_sup that its warm-up does not read: settings that differ in these share it. (With
-# --chunk-size it is not quite so: a problem too long at one c may fit at another. A warm-up on other
-# problems is then refused, and needs an --out of its own.)
+# flags of train_sup that its warm-up does not read: settings that differ in these share it. (It is
+# not quite so with --chunk-size: a problem too long at one c may fit at another. Then phase 1
+# refuses the warm-up, and the setting needs an --out of its own.)
 LATE = ("--baselines", "--steps", "--chunk-size", "--top-k", "--bag", "--bag-steps", "--follow",
         "--encoder-first", "--ltim", "--ltsum", "--latents")
 STAGES = {  # the script that a stage runs, and the files that it makes for later ones
@@ -386,7 +386,8 @@ def write_results(stages, analyses, records, args):
                            **row_of(folders, way, stages, records)}
     done = sum(records[folder]["done"] for folder in analyses.values())
     state = f"{done} of {len(analyses)} runs are done: a run is a setting with a seed."
-    state += " They had tiny budgets, and the figures mean nothing." * args.smoke
+    if args.smoke:
+        state += " They had tiny budgets, and the figures mean nothing."
     lines = [["setting", *HEADS], ["---", *["---:"] * len(HEADS)]]
     lines += [[name, *(cell(row.get(head)) for head in HEADS)] for name, row in rows.items()]
     lines = ["| " + " | ".join(line) + " |" for line in lines]

@@ -41,7 +41,7 @@ def free_step(rng, name, things, start):
 
 
 def free_steps(rng, things):
-    """Three of them, whose sum is small. No two start from one number: it so names its step."""
+    """Three of them, whose sum is small. No two start from one number: so it names its step."""
     while True:
         names, starts = rng.sample(NAMES, 3), rng.sample(range(2, 11), 3)
         steps = [free_step(rng, name, things, start) for name, start in zip(names, starts)]

@@ -118,6 +118,7 @@ def main(argv=None):
     llm = common.build(start, "llm", env.device)
     llm.config = GPTConfig(**env.parent["config"]["model"])
     train_latent(llm, store, train, val, args, env)
+    common.say_next("analyze.py", args, env)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ thinks in text. Encoder and LLM then start as copies of it. For a few updates th
 learns that α_i should hold the tokens of chunk S_i. Then both learn together: the encoder turns S_i
 into α_i, and the LLM, which sees X and z₀ … z_i but no text of the chain, must predict chunk
 S_{i+1}; after one z_k of each problem it must write all the rest. The only path from this loss to
-the encoder is through z. Next: python compress.py
+the encoder is through z. Next: compress.py
 """
 import copy
 import pickle
@@ -224,12 +224,14 @@ def main(argv=None):
         load(args.data, "test", args.data_dir, args.cot)
     if args.baselines:
         train_baselines(llm, train, val, args, env)
+        common.say_next("analyze.py", args, env)
         return
     llm = train_explicit("sft", llm, train, val, args.sft_steps, args, env)
     llm.config = replace(llm.config, ltim=args.ltim == "on",
                          hidden_latents=args.latents == "hidden")
     encoder = copy.deepcopy(llm)
     train_superposition(encoder, llm, train, val, args, env)
+    common.say_next("compress.py", args, env)
 
 
 if __name__ == "__main__":

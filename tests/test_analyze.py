@@ -229,7 +229,7 @@ def test_report_has_its_sections_and_no_nan(run, capsys):
 
 
 def test_one_command_trains_the_baselines_and_the_report_has_them(run, tmp_path):
-    """explicit.pt goes on from sft.pt, no_cot.pt starts anew; both have the three loops' updates."""
+    """explicit.pt goes on from sft.pt, no_cot.pt starts anew; both have latent's updates in all."""
     out = shutil.copytree(run, tmp_path / "run")
     before = (out / "sup.pt").read_bytes(), (out / "sft.pt").read_bytes()
     train_sup.main([*TINY, "--out", str(out), "--baselines"])

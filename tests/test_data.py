@@ -566,7 +566,7 @@ def test_a_batch_holds_the_problems_it_names(problems, toy_tokenizer):
             assert chain == t.encode(p["chain"])
             assert answer == [t.eot] + t.encode("#### " + p["answer"]) + [t.eos]
             lengths = len(question), len(chain), len(answer)
-            assert lengths in zip(*(column.tolist() for column in batch.bucket))
+            assert lengths in zip(*(column.tolist() for column in batch.lengths))
 
 
 def test_evaluation_meets_every_problem_once(problems):

@@ -215,9 +215,10 @@ def test_no_position_is_beyond_the_longest_problem(c):
     for seed in range(20):
         rng = np.random.default_rng(seed)
         batch = random_batch(rng.integers(0, 9, 5), seed)
-        x, s, a = batch.bucket
+        x, s, a = batch.lengths
         longest = (x + count_chunks(s, c) * c + a).max()
-        followed = [llm_batch(batch, c, k) for k in some_followed(count_chunks(batch.bucket[1], c))]
+        n = count_chunks(batch.lengths[1], c)
+        followed = [llm_batch(batch, c, k) for k in some_followed(n)]
         for seq in (encoder_batch(batch, c, VOCAB.sum), llm_batch(batch, c), latent_batch(batch, c),
                     explicit_batch(batch), *followed):
             assert 0 <= seq.pos.min() and seq.pos.max() < longest
@@ -231,8 +232,8 @@ def test_a_batch_is_padded_as_its_bucket_needs(c):
     """Two rows of a batch, laid out alone, have the whole batch's widths and their own contents."""
     whole = random_batch(CHAINS)
     few = [5, 1]  # neither of them the longest
-    part = type(whole)(whole.rows[few], [whole.problems[b] for b in few], whole.bucket)
-    follow = count_chunks(whole.bucket[1], c) // 2 - 1
+    part = type(whole)(whole.rows[few], [whole.problems[b] for b in few], whole.lengths)
+    follow = count_chunks(whole.lengths[1], c) // 2 - 1
     for of_part, of_whole in (
             (explicit_batch(part), explicit_batch(whole)),
             (latent_batch(part, c), latent_batch(whole, c)),
@@ -249,7 +250,7 @@ def test_bags_hold_the_chunks(c):
     for batch in (random_batch(CHAINS), random_batch([0, 0])):
         bags = chunk_bags(batch, c)
         assert bags.shape[:2] == encoder_batch(batch, c, VOCAB.sum).summary_index.shape
-        assert bags.size(2) == min(c, max(1, batch.bucket[1].max()))  # a long chunk costs nothing
+        assert bags.size(2) == min(c, max(1, batch.lengths[1].max()))  # a long chunk costs nothing
         for bag, (_, S, _) in zip(bags.tolist(), rows(batch, c)):
             assert [[token for token in chunk if token >= 0] for chunk in bag[:len(S)]] == S
             assert all(token == -1 for chunk in bag[len(S):] for token in chunk)

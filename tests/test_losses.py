@@ -81,7 +81,7 @@ def test_a_followed_text_adds_its_mean(follow):
 
 
 def test_sup_loss_under_the_local_mask():
-    """Under --ltsum local a chunk sees its z and itself: in a model of one layer nothing else reaches it.
+    """Under --ltsum local a chunk sees its z and itself: nothing else reaches it through one layer.
 
     z itself, which predicts the chunk's first token, sees X and every z before it, as does Ans.
     """
