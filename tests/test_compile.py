@@ -119,3 +119,14 @@ def test_as_many_graphs_as_widths(phase, updates, problems, tokenizer, tmp_path,
         graphs = [made for _, made in calls]
         assert graphs[-1] == widths, f"{name}: one graph a width"
         assert set(graphs[per_epoch - 1:]) == {widths}, f"{name}: and none after each was met once"
+
+
+def test_a_second_model_is_compiled_too(tokenizer, tmp_path, monkeypatch):
+    """The two baselines share a function: the second one still finds room for all its widths."""
+    rows = [dict(question="1 1", chain=" ".join(["1"] * n), answer="1")
+            for n in range(3, 43, 8) for _ in range(BATCH)]
+    watch = Watch(monkeypatch)
+    for name in "explicit", "no_cot":
+        run("sft", Problems(rows, tokenizer, 64), tokenizer, tmp_path / name)
+        calls = watch.calls["explicit_loss"]
+        assert calls[-1][1] == len({widths for widths, _ in calls}) == 5  # together more than 8
