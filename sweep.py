@@ -57,6 +57,7 @@ SETTINGS = [
     ("noise-0.5", "Gumbel noise", "", "", "--noise 0.5"),
     ("noise-1", "Gumbel noise", "", "", "--noise 1"),
     ("noise-2", "Gumbel noise", "", "", "--noise 2"),
+    ("c=4-noise-0.5", "Gumbel noise", "--chunk-size 4", "", "--noise 0.5"),
     ("no-bag", "phase 1", "--bag 0", "", ""),
     ("no-follow", "phase 1", "--follow 0", "", ""),
     ("encoder-first", "phase 1", "--encoder-first 200", "", ""),
@@ -67,6 +68,7 @@ SETTINGS = [
     ("from-explicit", "latents", "", "", "--start sft"),
     ("one-order", "orders told", "--as-told 1", "", ""),
     ("even-orders", "orders told", "--as-told 0.167", "", ""),
+    ("even-noise-1", "orders told", "--as-told 0.167", "", "--noise 1"),
 ]
 # flags of train_sup that its warm-up does not read: settings that differ in these share it. (It is
 # not quite so with --chunk-size: a problem too long at one c may fit at another. Then phase 1
