@@ -80,6 +80,17 @@ def latent_mse(hidden, target, n):
     return mean_over_latents((hidden.float() - target).square().mean(2), n)
 
 
+def latent_goes_on(logits, end, n):
+    """Ablation `hidden_latents`: −log(1 − q[<eot>]), mean over a row's n latents and the batch.
+
+    logits (B, N, V) of q; end int64 (B, 1): the id of <eot>; n (B,).
+    """
+    logits = logits.float()
+    index = end[:, None].expand(-1, logits.size(1), -1)                        # (B, N, 1)
+    others = logits.scatter(2, index, -torch.inf)                              # (B, N, V)
+    return mean_over_latents(logits.logsumexp(2) - others.logsumexp(2), n)
+
+
 def mean_over_latents(loss, n):
     """The mean of loss (B, N) over a row's n latents, then over the batch; n (B,)."""
     real = torch.arange(loss.size(1), device=loss.device) < n[:, None]         # (B, N)

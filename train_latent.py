@@ -16,7 +16,8 @@ import common
 from data import splits
 from decode import evaluate
 from encoder import fed_hidden, insert_latents, latent_batch, superpose_sparse
-from losses import gumbel_noise, gumbel_perturb, latent_kl, latent_mse, weighted_nll
+from losses import (gumbel_noise, gumbel_perturb, latent_goes_on, latent_kl, latent_mse,
+                    weighted_nll)
 from model import GPTConfig
 
 
@@ -57,12 +58,17 @@ def latent_loss(llm, seq, values, ids, noise):
 def hidden_loss(llm, seq, values, ids, noise):
     """Ablation, of train_sup.py --latents hidden: (L_exp, the regression loss of the latents).
 
-    values float32 (B, N, C): the encoder's hidden states, input and target; no ids and no noise.
+    values float32 (B, N, C): the encoder's hidden states, input and target; no ids and no noise. A
+    state that is copied may have any q, also one whose argmax is <eot>, which would end the chain
+    in decoding. So the loss of the latents also says that it goes on.
     """
     N = seq.summary_index.size(1)
     hidden = read_chain(llm, seq, fed_hidden(values, llm.wte.weight))          # (B, N + P, C)
-    exp = weighted_nll(llm.head(hidden[:, N:]), seq.target, seq.loss_weight)
-    return exp, latent_mse(hidden[:, :N], values, seq.n)
+    logits = llm.head(hidden)                                                  # (B, N + P, V)
+    exp = weighted_nll(logits[:, N:], seq.target, seq.loss_weight)
+    eot = seq.target[:, :1]                                                    # (B, 1)
+    goes_on = latent_goes_on(logits[:, :N], eot, seq.n)
+    return exp, latent_mse(hidden[:, :N], values, seq.n) + goes_on
 
 
 # ----------------------------------------------------------------------------------------- the loop

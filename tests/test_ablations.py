@@ -91,7 +91,10 @@ def test_a_hidden_latent_is_the_hidden_state():
 
 
 def test_phase_3_on_hidden_states():
-    """L_exp as ever; in place of L_lat the mean squared error of the states before the latents."""
+    """L_exp as ever; in place of L_lat the mean squared error of the states before the latents.
+
+    And there the probability that the chain goes on.
+    """
     llm = with_flags(tiny(1), hidden_latents=True)
     batch = random_batch(CHAINS)
     seq = latent_batch(batch, 2)
@@ -104,9 +107,10 @@ def test_phase_3_on_hidden_states():
         pos = [*range(len(X)), *range(len(X) + 1, len(X) + 2 * n, 2),
                *range(len(X) + 2 * n, len(X) + 2 * n + len(answer))]
         hidden = read(llm, x, pos)[len(X) - 1:]
+        q = llm.head(hidden).log_softmax(1)
         if n:
             lat += ((hidden[:n] - target[b, :n]) ** 2).mean()
-        q = llm.head(hidden).log_softmax(1)
+            lat -= (1 - q[:n, VOCAB.eot].exp()).log().mean()
         exp += sum(-q[n + t, token] for t, token in enumerate(answer)) / len(answer)
     found_exp, found_lat = hidden_loss(llm, seq, target, None, None)
     close(found_exp.double(), exp / len(CHAINS), 1e-5)
