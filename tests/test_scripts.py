@@ -116,6 +116,13 @@ def test_easy_problems_have_a_preset(gpt2_tokenizer, tmp_path):
     assert args.sft_steps == easy["sft_steps"]
 
 
+@pytest.mark.parametrize("flags, c", [([], 2), (["--chunk-size", "4"], 4)])
+def test_phase_3_takes_its_steps_for_each_token_of_a_chunk(flags, c):
+    args = common.parser("", "latent").parse_args(flags)
+    common.fill_in_defaults(args, "latent", None)
+    assert args.steps == common.PRESETS["toy"]["steps"]["latent"] * c
+
+
 def test_later_phases_keep_to_the_easy_problems(call, gpt2_tokenizer, tmp_path):
     store = pipeline(call, "--data", easy_file(tmp_path), "--easy", 12, "--renumber", 2)
     assert len(store["offsets"]) == 3 * 12 + 1
