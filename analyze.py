@@ -20,10 +20,10 @@ continuation       {problems, i, accuracy, next_chunk}: z_0 … z_{i-1} are give
 ecr                K; encoder, latent: {own, chance, maximum}: see metrics.measure_ecr
 parallelism        problems, paths (mean number); encoder, latent: {n_eff, above_1.7, covered, and
                    each with _random}: see metrics.effective_paths, metrics.covered_spans; orders
-                   (toy task): encoder, latent:
-                   {mass [order][position], leading, effective [position]}: α on the span of the
-                   m-th order of the free steps, the largest span's share of it, and among how many
-                   spans it is shared: see metrics.span_mass, metrics.span_shares
+                   (toy task): encoder, latent: {mass [order][position], leading, effective
+                   [position]}: α on the span of the m-th order of the free steps, the largest
+                   span's share of it, and among how many spans it is shared: see
+                   metrics.span_mass, metrics.span_shares
 collapse           accuracy, interval of {own, top 1, top c, first path, last path}: the latent
                    model thinks in its own z, or in z of q's largest entries or of one path's
                    tokens alone; null for hidden latents, which have no such entries
@@ -189,12 +189,12 @@ def pad_paths(token_paths):
 def paths_of_next_problems(token_paths):
     """For each problem as many paths as it has, taken from the problems after it, in a circle."""
     flat = sum(token_paths, [])
-    end, others = 0, []
+    end, found = 0, []
     for paths in token_paths:
-        start, end = end, end + len(paths)
-        rest = flat[end:] + flat[:start]
-        others.append([rest[m % len(rest)] for m in range(len(paths))])
-    return others
+        end += len(paths)
+        others = len(flat) - len(paths)  # where they are fewer than its own, they come again
+        found.append([flat[(end + m % others) % len(flat)] for m in range(len(paths))])
+    return found
 
 
 def follow_paths(latents, rows, token_paths, c, orders):
@@ -234,14 +234,15 @@ def measure_parallelism(chains, paths, tokenizer, c, orders):
     rows, count = torch.tensor(rows), torch.tensor([len(known) for known in own])
     section = {"problems": len(rows), "paths": mean(count), "orders": {} if orders else None}
     for whose, latents in chains.items():
-        n_eff, covered, *_ = follow_paths(latents, rows, random, c, orders=False)
-        section[whose] = {"n_eff_random": mean(n_eff), "above_1.7_random": mean(n_eff > 1.7),
-                          "covered_random": mean(covered)}
-        n_eff, covered, *by_order = follow_paths(latents, rows, own, c, orders)
-        section[whose] |= {"n_eff": mean(n_eff), "above_1.7": mean(n_eff > 1.7),
-                           "covered": mean(covered)}
+        section[whose] = {}
+        for suffix, token_paths in (("_random", random), ("", own)):
+            n_eff, covered, *by_order = follow_paths(
+                latents, rows, token_paths, c, orders and token_paths is own)
+            section[whose] |= {"n_eff" + suffix: mean(n_eff),
+                               "above_1.7" + suffix: mean(n_eff > 1.7),
+                               "covered" + suffix: mean(covered)}
         if orders:
-            mass, leading, effective = by_order
+            mass, leading, effective = by_order  # of the problems' own paths, which come last
             section["orders"][whose] = {
                 "mass": [[mean(x) for x in order.T] for order in mass.unbind(1)],
                 "leading": [mean(x) for x in leading.T],
@@ -382,7 +383,7 @@ def main(argv=None):
     report["curves"] = common.read_curves(args.out)
 
     # write
-    report = rounded(report) | {"config": {"analyze": env.config, **configs}}
+    report = rounded(report) | {"config": {"analyze": env.config, **configs}}  # flags as they are
     html = page(report, pictures(setting, chains, bag))
     html = html.encode("utf-8", "replace")  # a question may hold half of a character
     path = args.out / ("report" if args.split == "test" else f"report-{args.split}")

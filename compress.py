@@ -13,7 +13,7 @@ to sum to 1. The folder latents in --out then holds arrays that phase 3 maps int
 
 At the end the effective compression rate (ECR) is printed: how many tokens of its chunk are among
 the largest entries of an α. After an interruption, --resume does the rest.
-Next: python train_latent.py
+Next: train_latent.py
 """
 import numpy as np
 import torch

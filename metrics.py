@@ -145,7 +145,7 @@ def token_mass(values, ids, path):
     """
     V = 1 + int(max(ids.max(), path.max()))
     alpha = values.new_zeros(*ids.shape[:2], V + 1).scatter(2, ids.long(), values)  # (R, N, V + 1)
-    index = path.where(path >= 0, V)  # the last entry is that of no token: 0
+    index = path.where(path >= 0, V)                                   # (R, M, N, W); V: no token
     return alpha[:, None].expand(-1, path.size(1), -1, -1).gather(3, index)
 
 

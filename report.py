@@ -224,10 +224,11 @@ def learning_curves(loops):
     return html
 
 
-def collapse_table(collapse):
-    if collapse is None:
+def accuracy_table(section):
+    """The table of a section that has accuracies with intervals, if it was measured."""
+    if section is None:
         return "<p>Not measured: a hidden state cannot be cut to tokens.</p>"
-    return table({key: collapse[key] for key in ("accuracy", "interval")})
+    return table({key: section[key] for key in ("accuracy", "interval")})
 
 
 def page(report, pictures):
@@ -247,8 +248,8 @@ def page(report, pictures):
         "first": pictures[0],
         "verdict": verdict(controls),
         "donor": f"{100 * controls['donor']:.0f}",
-        "controls": table({key: controls[key] for key in ("accuracy", "interval")}),
-        "collapse": collapse_table(report["collapse"]),
+        "controls": accuracy_table(controls),
+        "collapse": accuracy_table(report["collapse"]),
         "ecr": ecr_table(report["ecr"]),
         "curves": learning_curves(report["curves"]),
         "more": "\n".join(pictures[1:])}

@@ -164,8 +164,8 @@ def plan(settings, seeds, extra, out):
             needs = [warm_up, phase_1, phase_3]
             if "--baselines" in sup:
                 budget = {"train_sup": without(sup, set(LATE) - {"--chunk-size"})}
-                before = [warm_up, phase_1, phase_3]  # whose updates it counts
-                needs += [stage("baselines", before, budget, *seeded, "--baselines")]
+                # it counts the updates of what the analysis needs besides
+                needs = [*needs, stage("baselines", needs, budget, *seeded, "--baselines")]
             analyses[name, seed] = stage("analysis", needs, {**flags, "train_sup": sup})
     return stages, analyses
 

@@ -8,7 +8,7 @@ model's next-token distribution must match α_i at the slot before z_i (L_lat), 
 the answer after the last z (L_exp). At every update the α are perturbed anew with Gumbel noise, in
 the input and in the target, so that the model sees many chains around the stored one. It is scored
 by latent decoding: it feeds itself latents until it predicts <eot>, then writes the answer.
-Next: python analyze.py
+Next: analyze.py
 """
 import torch
 

@@ -216,8 +216,8 @@ def test_no_position_is_beyond_the_longest_problem(c):
         rng = np.random.default_rng(seed)
         batch = random_batch(rng.integers(0, 9, 5), seed)
         x, s, a = batch.lengths
-        longest = (x + count_chunks(s, c) * c + a).max()
-        n = count_chunks(batch.lengths[1], c)
+        n = count_chunks(s, c)
+        longest = (x + n * c + a).max()
         followed = [llm_batch(batch, c, k) for k in some_followed(n)]
         for seq in (encoder_batch(batch, c, VOCAB.sum), llm_batch(batch, c), latent_batch(batch, c),
                     explicit_batch(batch), *followed):
