@@ -50,7 +50,7 @@ PRESETS = {
         bag_steps=200, steps={"sup": 1000, "latent": 1000},
     ),
     "easy": dict(  # of GSM8K's problems, with new numbers, on a laptop: --easy 600 --renumber 200
-        n_layer=3, n_head=8, n_embd=192, block_size=128,
+        n_layer=4, n_head=8, n_embd=192, block_size=128,
         batch_size=32, chunk_size=2, eval_every=400, noise=0.1,
         sft_steps=3200, lr={"sup": 4e-3, "latent": 4e-3},
         bag_steps=100, steps={"sup": 900, "latent": 1000},
@@ -553,7 +553,7 @@ def compiled(function, args):
     """torch.compile where --compile says so: a graph for each of the few widths of a run."""
     if not args.compile:
         return function
-    torch._dynamo.config.recompile_limit = 32  # a function may serve two loops, of 7 widths each
+    torch._dynamo.config.recompile_limit = 32  # a function may serve two loops, of 10 widths each
     return torch.compile(function, dynamic=False)
 
 

@@ -38,7 +38,7 @@ TOY_SIZE = {"train": 16000, "val": 256, "test": 1000}
 MAX_PROBLEMS = {"val": 400}   # validation decodes its problems again and again
 MAX_LINE = 100_000            # characters in a line of a data file
 EASY_STEPS, EASY_LENGTH, EASY_NUMBER = 4, 220, 60  # at most: see is_easy
-WIDTHS = 7                    # different widths of a loop's batches at most
+WIDTHS = 10                   # different widths of a loop's batches at most
 
 
 class UserError(SystemExit):
