@@ -50,7 +50,7 @@ PRESETS = {
         bag_steps=200, steps={"sup": 1000, "latent": 1000},
     ),
     "easy": dict(  # of GSM8K's problems, with new numbers, on a laptop: --easy 600 --renumber 200
-        n_layer=4, n_head=8, n_embd=192, block_size=128,
+        n_layer=3, n_head=8, n_embd=192, block_size=128,
         batch_size=32, chunk_size=2, eval_every=400, noise=0.1,
         sft_steps=3200, lr={"sup": 4e-3, "latent": 4e-3},
         bag_steps=100, steps={"sup": 900, "latent": 1000},
@@ -521,7 +521,7 @@ class Optimizer:
             self.parameters += model.parameters()
         fused = device.type in ("cpu", "cuda")
         self.both = (
-            torch.optim.Muon(muon, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),
+            Muon(muon, weight_decay=0.1),
             torch.optim.AdamW(adamw, weight_decay=0.1, betas=(0.9, 0.95), fused=fused))
         self.param_groups = [group for one in self.both for group in one.param_groups]
 
@@ -540,6 +540,43 @@ class Optimizer:
         for one, state in zip(self.both, states, strict=True):
             one.load_state_dict(state)
         self.param_groups = [group for one in self.both for group in one.param_groups]
+
+
+class Muon(torch.optim.Optimizer):
+    """torch.optim.Muon with adjust_lr_fn="match_rms_adamw", but in float32 where there is no GPU.
+
+    That one calculates in bfloat16, for which most CPUs have no instructions: there it took four
+    fifths of the time of a training step.
+    """
+
+    def __init__(self, groups, weight_decay, momentum=0.95):
+        super().__init__(groups, dict(lr=0.0, weight_decay=weight_decay, momentum=momentum))
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            lr, momentum = group["lr"], group["momentum"]
+            for p in [p for p in group["params"] if p.grad is not None]:
+                state = self.state[p]
+                mean = state.setdefault("momentum_buffer", torch.zeros_like(p))
+                mean.lerp_(p.grad, 1 - momentum)
+                update = orthogonalize(p.grad.lerp(mean, momentum))
+                p.mul_(1 - lr * group["weight_decay"])
+                p.add_(update, alpha=-0.2 * math.sqrt(max(p.shape)) * lr)
+
+
+def orthogonalize(matrix):
+    """A matrix U S Vᵀ with all singular values brought near 1, hence about U Vᵀ, of the same shape.
+
+    Five steps of a Newton–Schulz iteration, which is an odd polynomial in each singular value.
+    """
+    x = matrix.bfloat16() if matrix.is_cuda else matrix
+    x = x.T if x.size(0) > x.size(1) else x
+    x = x / x.norm().clamp(min=1e-7)
+    for _ in range(5):
+        gram = x @ x.T
+        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+    return x if x.shape == matrix.shape else x.T
 
 
 def schedule(step, steps):
