@@ -275,7 +275,21 @@ def load_baselines(args, env):
         fields = (*common.PROBLEMS, *common.SHAPE, "tokenizer")
         same = {field: env.config[field] for field in fields}
         common.require_same(path, checkpoints[file]["config"], **same)
+    if "sft" in checkpoints:
+        require_one_warm_up(args.out, {**checkpoints, "sup": env.parent})
     return checkpoints
+
+
+def require_one_warm_up(out, checkpoints):
+    """sup.pt and explicit.pt go on from sft.pt, no_cot.pt from where that began, or UserError."""
+    sft = checkpoints["sft"]
+    begin, end = sft["config"].get("initial_weights"), common.identity(sft["models"]["llm"])
+    starts = {"sup": end, "explicit": end, "no_cot": begin}
+    for file in [file for file in starts if file in checkpoints]:
+        if checkpoints[file]["config"].get("initial_weights") != starts[file]:
+            flag = "" if file == "sup" else " --baselines"
+            raise UserError(f"{out / file}.pt belongs to another sft.pt than the one beside it; "
+                            f"make it again with: python train_sup.py{flag} --overwrite")
 
 
 def ask(args, env, llm, caps, top_k):

@@ -7,6 +7,7 @@ processes, files, the store of phase 2, the optimizer, a training run.
 import argparse
 import contextlib
 import ctypes
+import functools
 import hashlib
 import json
 import math
@@ -152,7 +153,7 @@ def setup(p, phase, argv=None):
     UserError on a value that makes no sense or contradicts phase 1.
     """
     args = p.parse_args(argv)
-    default_folder = Path(args.data).stem if args.data else "toy"
+    default_folder = Path(args.data or "toy").resolve().name.removesuffix(".jsonl")
     args.out = args.out or Path("out") / default_folder
     parent = None if phase == "sup" else load_checkpoint(args.out / "sup.pt")
     fill_in_defaults(args, phase, parent)
@@ -199,6 +200,9 @@ def fill_in_defaults(args, phase, parent):
             if field not in parent["config"]:
                 raise UserError(f"{args.out / 'sup.pt'} does not say its {field}: another version "
                                 "wrote it; run train_sup.py again, with --overwrite")
+        if "encoder" not in parent["models"]:
+            raise UserError(f"{args.out / 'sup.pt'} holds no encoder, so it is not of phase 1; run "
+                            "train_sup.py again, with --overwrite")
         inherited = {field: parent["config"][field] for field in INHERITED}
     for field in set(inherited) - {"data_dir"}:
         given = getattr(args, field, None)
@@ -237,6 +241,10 @@ def check_ranges(args):
         raise UserError("--split renumbered: the toy task's test problems are new already")
     if getattr(args, "as_told", 0) > 1:
         raise UserError(f"--as-told {args.as_told}: must be a share, 0 to 1")
+    if getattr(args, "bag", 0) and 0 < args.steps <= args.bag_steps:
+        raise UserError(f"--steps {args.steps}: the first --bag-steps {args.bag_steps} of them are "
+                        "for the encoder alone, so that nothing is left for the LLM; choose more "
+                        "of the former, or fewer of the latter")
     for field, value in vars(args).items():
         least = 0 if type(value) is float or field in may_be_zero else 1
         if type(value) in (int, float) and not least <= value < 2 ** 63:
@@ -273,7 +281,7 @@ def choose_device(args, world):
         name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     try:
         device = torch.device(name)
-        torch.zeros(1, device=device)
+        torch.zeros(1, device=device).tolist()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise UserError(f"--device {name}: {str(error).splitlines()[0]}")
     return device
@@ -310,6 +318,7 @@ def choose_tokenizer(args, parent):
     return tokenizer
 
 
+@functools.cache
 def commit():
     """The git commit of this code, '-dirty' where files differ from it, or 'unknown'."""
     command = "git describe --always --dirty --abbrev=40 --exclude=*"
@@ -328,7 +337,7 @@ def say_next(script, args, env):
 
 
 def start(main):
-    """Run a script's main; what the system refuses (a folder, a disk) is said in one sentence."""
+    """Run a script's main; what the system refuses (a folder, a disk, memory) is one sentence."""
     sys.stdout.reconfigure(errors="replace")  # a terminal without α is no reason to stop
     try:
         main()
@@ -338,6 +347,10 @@ def start(main):
         raise SystemExit("stopped; what was saved before is untouched")
     except OSError as error:
         raise UserError(f"{error.filename or 'the system'}: {error.strerror or error}")
+    except RuntimeError as error:  # torch says it so on a CPU; on a GPU it is one of its subclasses
+        if "memory" not in str(error):
+            raise
+        raise UserError("there is not enough memory; choose a smaller --batch-size or model")
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -417,7 +430,7 @@ def load_checkpoint(path):
         raise UserError(f"{path}: no such file{hint}")
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
-        return {"config": saved["config"], **saved}  # a KeyError where it has none
+        return {"path": path, "models": {}, "config": saved["config"], **saved}
     except Exception as error:  # a truncated or foreign file fails in many ways
         raise UserError(f"{path}: not a checkpoint of this project ({type(error).__name__})")
 
@@ -431,17 +444,21 @@ def require_same(path, saved, **expected):
 
 
 def build(checkpoint, name, device):
-    """The GPT called `name` in a checkpoint."""
-    model = GPT(GPTConfig(**checkpoint["config"]["model"])).to(device)
-    model.load_state_dict(checkpoint["models"][name])
-    return model
+    """The GPT called `name` in a checkpoint. Raises UserError where it has none that fits."""
+    try:
+        model = GPT(GPTConfig(**checkpoint["config"]["model"]))
+        model.load_state_dict(checkpoint["models"][name])
+    except (KeyError, TypeError, RuntimeError) as error:
+        raise UserError(f"{checkpoint['path']}: its {name} cannot be read ({type(error).__name__}) "
+                        "and is perhaps of another version; make it again")
+    return model.to(device)
 
 
 def identity(weights):
-    """16 hex digits that name these weights, a state dict on the CPU."""
+    """16 hex digits that name these weights, a state dict."""
     digest = hashlib.sha256()
     for name, tensor in sorted(weights.items()):
-        digest.update(name.encode() + tensor.contiguous().numpy().tobytes())
+        digest.update(name.encode() + tensor.cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()[:16]
 
 
@@ -458,6 +475,16 @@ def create_array(path, dtype, shape):
         return array
     except OSError as error:
         raise UserError(f"could not write {path} ({error})")
+
+
+def read_meta(folder, *fields):
+    """meta.json of a store. Raises UserError where it lacks one of the fields."""
+    meta = read_json(folder / "meta.json")
+    missing = [field for field in fields if field not in meta]
+    if missing:
+        raise UserError(f"{folder / 'meta.json'} does not say {missing[0]}; make the store again "
+                        "with: python compress.py --overwrite")
+    return meta
 
 
 def load_arrays(folder, mode, *names):
@@ -480,8 +507,8 @@ class Store:
     """
 
     def __init__(self, folder, **expected):
-        meta = read_json(folder / "meta.json")
-        if not meta.get("complete"):
+        meta = read_meta(folder, "complete", "top_k")
+        if not meta["complete"]:
             raise UserError(f"{folder} is unfinished; finish it with: python compress.py --resume")
         require_same(folder, meta, **expected)
         self.values, self.ids, self.offsets = load_arrays(folder, "r", "values", "ids", "offsets")
@@ -543,10 +570,10 @@ class Optimizer:
 
 
 class Muon(torch.optim.Optimizer):
-    """torch.optim.Muon with adjust_lr_fn="match_rms_adamw", but in float32 where there is no GPU.
+    """torch.optim.Muon with adjust_lr_fn="match_rms_adamw", but in float32 on all but CUDA.
 
-    That one calculates in bfloat16, for which most CPUs have no instructions: there it took four
-    fifths of the time of a training step.
+    That one calculates in bfloat16, for which most CPUs have no instructions: there it took 0.6 to
+    0.8 of the time of a training step (LAB.md).
     """
 
     def __init__(self, groups, weight_decay, momentum=0.95):
@@ -558,17 +585,21 @@ class Muon(torch.optim.Optimizer):
             lr, momentum = group["lr"], group["momentum"]
             for p in [p for p in group["params"] if p.grad is not None]:
                 state = self.state[p]
-                mean = state.setdefault("momentum_buffer", torch.zeros_like(p))
-                mean.lerp_(p.grad, 1 - momentum)
-                update = orthogonalize(p.grad.lerp(mean, momentum))
+                if "momentum_buffer" not in state:
+                    state["momentum_buffer"] = torch.zeros_like(p)
+                mean = state["momentum_buffer"].lerp_(p.grad, 1 - momentum)
+                ahead = p.grad.lerp(mean, momentum)  # Nesterov: this gradient counts once more
+                update = orthogonalize(ahead)
                 p.mul_(1 - lr * group["weight_decay"])
+                # an orthogonal matrix has entries of 1/√max(shape) on average, a step of AdamW 0.2
                 p.add_(update, alpha=-0.2 * math.sqrt(max(p.shape)) * lr)
 
 
 def orthogonalize(matrix):
-    """A matrix U S Vᵀ with all singular values brought near 1, hence about U Vᵀ, of the same shape.
+    """A matrix U S Vᵀ with its larger singular values brought to 0.7 … 1.2: roughly U Vᵀ.
 
-    Five steps of a Newton–Schulz iteration, which is an odd polynomial in each singular value.
+    Five steps of a Newton–Schulz iteration, each an odd polynomial in the singular values. Those
+    below about a hundredth of the largest stay small.
     """
     x = matrix.bfloat16() if matrix.is_cuda else matrix
     x = x.T if x.size(0) > x.size(1) else x
@@ -622,13 +653,15 @@ class Run:
             if run.evaluates:
                 run.save(score)
 
-    models     {name: GPT} to save
+    models     {name: GPT} to save; all of them start with the same weights
     depends    fields of the configuration, besides DEPENDS, that make this run another one
     Writes     <name>.pt the best models so far; <name>.state.pt all it takes to resume; the log
                <name>.jsonl
     """
 
-    DEPENDS = (*PROBLEMS, "tokenizer", "batch_size", "lr", "updates", "model", "fingerprint")
+    DEPENDS = (*PROBLEMS, "tokenizer", "batch_size", "lr", "updates", "model", "fingerprint",
+               "initial_weights")
+    NEXT = {"sft": ("sup",), "explicit": ("no_cot",)}  # the loop after it, in the same script
 
     def __init__(self, name, args, env, models, optimizer, problems, steps, depends=()):
         self.name, self.args, self.env, self.steps = name, args, env, steps
@@ -636,15 +669,17 @@ class Run:
         self.path = args.out / f"{name}.pt"
         self.state = args.out / f"{name}.state.pt"
         self.step, self.best, self.figures = 0, -1.0, {}
-        shape = asdict(next(iter(models.values())).config)
-        self.config = dict(env.config, fingerprint=problems.fingerprint, model=shape, updates=steps)
+        first = next(iter(models.values()))
+        self.config = dict(env.config, fingerprint=problems.fingerprint, model=asdict(first.config),
+                           updates=steps, initial_weights=identity(first.state_dict()))
         if args.resume and self.state.exists():
             self.restore(depends)
         elif args.resume and self.path.exists():
-            self.require_little_is_lost()
+            self.require_little_is_lost(depends)
         elif args.overwrite and env.rank == 0:
-            self.state.unlink(missing_ok=True)
-            self.path.unlink(missing_ok=True)
+            for loop in (name, *self.NEXT.get(name, ())):  # what is made of this one is void too
+                for file in (f"{loop}.state.pt", f"{loop}.pt"):
+                    (args.out / file).unlink(missing_ok=True)
         elif not (args.resume or args.overwrite) and (self.path.exists() or self.state.exists()):
             raise UserError(f"{self.path.parent} already holds a run ({self.path.name}); go on "
                             "with --resume, start over with --overwrite, or choose another --out")
@@ -653,21 +688,27 @@ class Run:
         if env.world > 1:
             dist.barrier()  # all have seen what was there before the first one writes
 
-    def restore(self, depends):
-        saved = load_checkpoint(self.state)
+    def load_own(self, path, depends):
+        """A checkpoint of this run. Raises UserError where it is of another one."""
+        saved = load_checkpoint(path)
         expected = {field: self.config[field] for field in (*self.DEPENDS, *depends)}
-        require_same(self.state, saved["config"], **expected)
+        require_same(path, saved["config"], **expected)
+        return saved
+
+    def restore(self, depends):
+        saved = self.load_own(self.state, depends)
         for name, model in self.models.items():
             model.load_state_dict(saved["models"][name])
         self.optimizer.load_state_dict(saved["optimizer"])
         self.step, self.best = saved["step"], saved["best"]
 
-    def require_little_is_lost(self):
+    def require_little_is_lost(self, depends):
         """A model without its state: start over only if it is that of the first evaluation.
 
         Then the run was killed between writing the two. Raises UserError otherwise.
         """
-        if load_checkpoint(self.path)["step"] > min(self.args.eval_every, self.steps):
+        saved = self.load_own(self.path, depends)
+        if saved["step"] > min(self.args.eval_every, self.steps):
             raise UserError(f"{self.state}: no such file, and without it {self.path.name} cannot "
                             "be trained on; start over with --overwrite")
 
@@ -695,9 +736,10 @@ class Run:
             while True:
                 if self.stopping or self.interrupt.pressed and self.env.world == 1:
                     self.save_state()
+                    instead = " in place of --overwrite" if self.args.overwrite else ""
                     raise UserError(f"stopped after {self.step} of {self.steps} updates of "
                                     f"{self.name} and saved; go on with the same command and "
-                                    "--resume")
+                                    f"--resume{instead}")
                 if self.step >= self.steps:
                     return
                 yield self.step

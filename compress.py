@@ -54,7 +54,7 @@ def open_store(folder, meta, offsets, args):
         if not args.resume:
             raise UserError(f"{folder} already holds a store; finish it with --resume, or start "
                             "over with --overwrite")
-        old = common.read_json(folder / "meta.json")
+        old = common.read_meta(folder, "done", "mass_sum")
         common.require_same(folder, old, **meta)
         values, ids = common.load_arrays(folder, "r+", "values", "ids")
         return values, ids, old["done"], old["mass_sum"]

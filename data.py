@@ -7,6 +7,7 @@ A problem is a question, a chain of thought S and an answer. As tokens:
 Everything is tokenized once. A batch holds problems of like length and is padded to one of a few
 fixed widths, so that little is computed for padding, and torch.compile compiles a few times.
 """
+import functools
 import hashlib
 import http.client
 import json
@@ -135,6 +136,7 @@ def vocabulary_texts(problems):
     return [numbers, *(text for field in fields for text in field)]
 
 
+@functools.cache
 def toy_vocabulary():
     """(pattern, ranks): whole words and whole numbers; 256 bytes spell whatever else there is.
 
@@ -461,9 +463,10 @@ class Problems:
     """A split, tokenized once. Problems longer than the model are dropped and counted in `dropped`.
 
     Problems of like length share a bucket, and a training batch is padded as the longest problem of
-    its bucket needs, so that a loop sees as many widths as there are buckets. Before its first
-    batch a loop calls make_buckets. Which problems make batch t is a function of (seed, t) alone:
-    to resume is to go on counting. Raises UserError where no problem is left.
+    its bucket, or of a shorter one, needs, so that a loop sees as many widths as there are buckets.
+    A loop first calls make_buckets, since its sequences have lengths of their own. Which problems
+    make batch t is a function of (seed, t) alone: to resume is to go on counting. Raises UserError
+    where no problem is left.
     """
 
     def __init__(self, problems, tokenizer, block_size, chunk_size=1, no_cot=False):
@@ -478,7 +481,7 @@ class Problems:
         self.x, self.s, self.a = (Ragged([rows[i] for i in fits]) for rows in (x, s, a))
         if not fits:
             raise UserError(f"no problem is left: all {len(x)} are longer than --block-size "
-                            f"{block_size}")
+                            f"{block_size}, counted in whole chunks of {chunk_size} tokens")
         parts = [r.flat.tobytes() + r.length.tobytes() for r in (self.x, self.s, self.a)]
         self.fingerprint = hashlib.sha256(b"".join(parts)).hexdigest()[:16]
         total = self.x.length + self.s.length + self.a.length
@@ -597,5 +600,5 @@ def splits(args, env, names=("train", "val"), no_cot=False):
         empty = 0 if no_cot else int((p.s.length == 0).sum())
         note = f", {empty} without a chain of thought (see --cot text)" if empty else ""
         print(f"{split}: {len(p)} problems, {p.dropped} dropped as longer than --block-size "
-              f"{args.block_size}{note}")
+              f"{args.block_size}, counted in whole chunks{note}")
     return found

@@ -26,13 +26,13 @@ class RowState:
     """The state of each row: thinking in latents, writing text, or done. Tensors (B,).
 
     thinking, done, capped: bool; latents, written: int64, the latent steps and the tokens so far;
-    pos: int64, the position of the last vector. A latent token moves on by c positions: it stands
-    where the last token of its chunk would.
+    pos: int64, the position of the last vector.
     """
 
     def __init__(self, pos, c):
         B, device = len(pos), pos.device
         self.pos, self.c = pos, c
+        self.prompt = pos + 1  # what the first latent comes after
         self.thinking = torch.full((B,), c > 0, device=device)
         self.done = torch.zeros(B, dtype=torch.bool, device=device)
         self.capped = torch.zeros(B, dtype=torch.bool, device=device)
@@ -53,7 +53,8 @@ class RowState:
         written = token.masked_fill(silent, -1)
         self.written += ~silent
         self.done |= ~self.thinking & (token == tokenizer.eos)
-        self.pos = self.pos + torch.where(self.thinking, self.c, 1)
+        next_latent = latent_pos(self.prompt, self.latents, self.c)
+        self.pos = torch.where(self.thinking, next_latent, self.pos + 1)
         stopped = ~self.done & ((self.pos >= positions) | (self.written >= max_tokens))
         self.done |= stopped
         self.thinking &= ~self.done
@@ -84,9 +85,9 @@ def decode(llm, tokenizer, x, pos, length, latent=0, top_k=0, max_latents=0, max
            on_latent=None):
     """Continue a batch of prompts greedily, as text or in latents: a Decoded.
 
-    x, pos     prompts float (B, T, C), padded on the right, and their positions int64 (B, T); they
-    length     end, after length int64 (B,) slots, in <bot> or a z, or, to have only the answer
-               written as text, in <eot>
+    x, pos     prompts float (B, T, C), padded on the right, and their positions int64 (B, T)
+    length     int64 (B,) slots of each prompt. The last one holds <bot> or a z, or <eot> where only
+               the answer is to be written
     latent     c, to think in latent tokens of c tokens each: until the argmax over the whole
                vocabulary is <eot>, a step feeds z = Σ q[v]·E[v], q being the next-token
                distribution on the ordinary vocabulary (or its `top_k` renormalized); then the row
@@ -148,7 +149,7 @@ def latents_prompt(llm, batch, z, n, c, end, device):
         k = min(int(k), (llm.config.block_size - 1 - nx) // c)
         for i in range(k):
             row.add_latent(i, latent_pos(nx, i, c))
-        row.add_text(end, nx + c * k)
+        row.add_text(end, latent_pos(nx, k - 1, c) + 1)
         rows.append(row)
     return prompt_of(rows, llm, z, device)
 

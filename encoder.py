@@ -162,7 +162,7 @@ def latent_layout(question, chunks, answer, c):
     nx, n = len(question), len(chunks)
     for i in range(n):
         row.add_latent(i, latent_pos(nx, i, c))
-    row.add_text(answer, pos=nx + c * n, loss_weight=1 / len(answer))
+    row.add_text(answer, latent_pos(nx, n - 1, c) + 1, loss_weight=1 / len(answer))
     return row
 
 
@@ -262,18 +262,18 @@ def explicit_batch(batch):
 
 # ------------------------------------------------------------- what phase 1 draws and compares with
 
-def draw_chunk(batch, c, seed, step, rank=0, world=1, none=0.0):
+def draw_chunk(batch, c, seed, step, rank=0, world=1, from_start=0.0):
     """For each problem at random the last chunk that is read as a latent: an int64 array (B,).
 
-    With probability `none` it is −1 (no chunk is read), otherwise one of −1 … n−1, all equally
-    likely. The random numbers are a function of (seed, step), so that a resumed run draws the same;
+    With probability `from_start` it is −1 (no chunk is read), otherwise one of −1 … n−1, all
+    equally likely. The random numbers are a function of (seed, step), so that a resumed run draws the same;
     process `rank` of `world` takes those of its own problems.
     """
     n = np.array([count_chunks(len(p.chain), c) for p in batch.problems])
     rng = np.random.default_rng([seed, step, 1])
     u = rng.random((2, len(n) * world))[:, rank::world]
     chunk = (u[0] * (n + 1)).astype(np.int64) - 1
-    return np.where(u[1] < none, -1, chunk)
+    return np.where(u[1] < from_start, -1, chunk)
 
 
 def chunk_bags(batch, c):
@@ -330,8 +330,8 @@ def supervision_mask(segment):
 def local_supervision_mask(segment, latent):
     """Ablation, as in the authors' code: a chunk sees the z just before it and itself, not even X.
 
-    The latents, the answer and the text that is followed to the end see what they see under
-    `supervision_mask`. segment, latent (B, T) -> bool (B, T, T).
+    The latents, the answer and the text that is followed to the end, which begins with a chunk, see
+    what they see under `supervision_mask`. segment, latent (B, T) -> bool (B, T, T).
     """
     key, query = segment[:, None, :], segment[:, :, None]
     n = latent.amax(1)[:, None, None]
@@ -343,7 +343,8 @@ def local_supervision_mask(segment, latent):
 def open_supervision_mask(segment, latent):
     """Ablation: no LTSuM. Causal, so that all text of earlier chunks is seen beside the latents.
 
-    Only the text that is followed to the end is still seen by itself alone.
+    Only the text that is followed to the end, which begins with a chunk, is still seen by itself
+    alone.
     """
     key, query = segment[:, None, :], segment[:, :, None]
     n = latent.amax(1)[:, None, None]

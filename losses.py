@@ -42,6 +42,7 @@ def bag_kl(alpha, bag, n):
     log_alpha = alpha.gather(2, bag.clamp(min=0)).clamp(min=1e-9).log()        # (B, N, c)
     count = (bag[:, :, :, None] == bag[:, :, None, :]).sum(3)                  # (B, N, c)
     log_bag = (count / size[:, :, None]).log()                                 # (B, N, c)
+    # Σ_v bag[v] · … is the mean of … over the chunk's tokens, each as often as it stands there
     kl = (log_bag - log_alpha).where(real, 0).sum(2) / size                    # (B, N)
     return mean_over_latents(kl, n)
 

@@ -27,7 +27,7 @@ from encoder import count_chunks
 from renumber import ALWAYS, NUMBER, PERCENT, constants_of, is_arithmetic, value_of
 
 FLOOR = 1e-6  # the mass of a span that has none of the kept entries; its logarithm is taken
-COVER = 0.03  # a span is covered where each token has as much (toy task's rarer order, c = 4: 0.05)
+COVER = 0.03  # a span is covered where each token has as much; one of four alone has 0.25
 
 
 # ----------------------------------------------------------------------------------- small things

@@ -456,7 +456,13 @@ def main(argv=None):
     done = sum(record["done"] for record in records.values())
     print(f"{len(analyses)} runs, {len(stages)} stages, {done} of them done before; {args.jobs} go "
           "side by side", flush=True)
-    torch.optim.AdamW([torch.zeros(1)])  # the first one imports much: here, not in every stage
+    # what takes a while the first time: here once, not in every stage. So all stages have the code
+    # that there is now, whatever becomes of the files
+    torch.optim.AdamW([torch.zeros(1)])
+    data.toy_vocabulary()
+    common.commit()
+    for script, _ in STAGES.values():
+        importlib.import_module(script)
     failed = run_stages(stages, analyses, records, args)
     if any(records[folder]["done"] for folder in analyses.values()):
         write_results(stages, analyses, records, args)

@@ -66,7 +66,7 @@ def hidden_loss(llm, seq, values, ids, noise):
     hidden = read_chain(llm, seq, fed_hidden(values, llm.wte.weight))          # (B, N + P, C)
     logits = llm.head(hidden)                                                  # (B, N + P, V)
     exp = weighted_nll(logits[:, N:], seq.target, seq.loss_weight)
-    eot = seq.target[:, :1]                                                    # (B, 1)
+    eot = seq.target[:, :1]  # the first token of every answer                 # (B, 1)
     goes_on = latent_goes_on(logits[:, :N], eot, seq.n)
     return exp, latent_mse(hidden[:, :N], values, seq.n) + goes_on
 

@@ -31,8 +31,9 @@ from encoder import (chunk_bags, draw_chunk, encoder_batch, explicit_batch, inse
 from losses import bag_kl, weighted_nll
 from model import GPT, GPT2, GPTConfig
 
-FROM_START = 0.25  # share of problems in which the text that is followed starts before any latent
-TRAINED_WITH = ("batch_size", "lr")  # what the baselines have in common with the warm-up
+FROM_START = 0.25  # share of problems whose followed text starts before any latent, besides those
+                   # that draw_chunk draws so among all chunks
+TRAINED_WITH = ("batch_size", "lr", "init")  # what the baselines have in common with the warm-up
 
 
 def add_flags(p):
@@ -145,11 +146,11 @@ def train_superposition(encoder, llm, train, val, args, env):
             else:
                 rate = common.schedule(step - bag_steps, steps - bag_steps)
                 followed = draw_chunk(batch, c, args.seed, step, env.rank, env.world,
-                                      FROM_START)  # (B,)
+                                      from_start=FROM_START)  # (B,)
                 seq = llm_batch(batch, c, followed, args.follow).to(env.device)
                 sup, kl = forward(encoder, llm, enc, seq, bag, tokenizer.n_ordinary, args.top_k,
                                   args.ltsum)
-        bag_weight = args.bag * (1 - 0.5 * step / steps)
+        bag_weight = args.bag * (1 - 0.5 * step / steps)  # not to 0: α would leave its chunk again
         loss = sup + bag_weight * kl
         loss.backward()
         if step < bag_steps + args.encoder_first:

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import analyze
+import common
 import compress
 import data
 import train_latent
@@ -139,6 +140,8 @@ def test_a_byte_order_mark_crlf_and_blank_lines_are_nothing(tmp_path, content):
     (["--n-embd", 16, "--n-head", 3], "multiple of --n-head"),
     (["--device", "tpu9000"], "--device tpu9000"),
     (["--device", "cuda:99"], "--device cuda:99"),
+    (["--device", "meta"], "--device meta"),
+    (["--steps", 3, "--bag-steps", 3], "--steps 3: the first --bag-steps 3"),
     (["--dtype", "float8"], "invalid choice"),
     (["--data", "gsm9k"], "gsm9k"),
     (["--data", "gsm8k-aug", "--data-dir", "/nowhere"], "no such file"),
@@ -225,6 +228,9 @@ def test_a_model_without_its_state_is_not_trained_over(copy, capsys):
     torch.save(saved, copy / "latent.pt")
     train_latent.main([str(word) for word in command])
     assert (copy / "latent.state.pt").exists()
+    (copy / "sft.state.pt").unlink()
+    refused("train_sup", [*TINY, "--seed", 1, "--out", copy, "--resume"], copy,
+            "seed = 0, here it is 1", capsys)
 
 
 def test_other_baselines_are_not_compared_with(copy, capsys):
@@ -233,6 +239,20 @@ def test_other_baselines_are_not_compared_with(copy, capsys):
         torch.save({**saved, "config": {**saved["config"], field: value}}, copy / "no_cot.pt")
         refused("analyze", ["--out", copy], copy, f"no_cot.pt was made with {field} = {value}",
                 capsys)
+
+
+@pytest.mark.parametrize("file", ["explicit", "no_cot", "sup"])
+def test_what_follows_from_another_warm_up_is_not_compared_with(copy, file, capsys):
+    train_sup.main([*TINY, "--baselines", "--baseline-steps", "2", "--out", str(copy)])
+    saved = torch.load(copy / f"{file}.pt", weights_only=True)
+    saved["config"]["initial_weights"] = "another"
+    torch.save(saved, copy / f"{file}.pt")
+    refused("analyze", ["--out", copy], copy, f"{file}.pt belongs to another sft.pt", capsys)
+
+
+def test_baselines_start_as_the_warm_up_did(copy, capsys):
+    flags = [*TINY[6:], "--init", copy / "sft.pt", "--baselines", "--out", copy]
+    refused("train_sup", flags, copy, "init = scratch, here it is ", capsys)
 
 
 @pytest.mark.parametrize("script", ["compress", "train_latent", "analyze"])
@@ -258,6 +278,9 @@ class Malice:
     (lambda f: torch.save({"hello": 1}, f), "not a checkpoint"),
     (lambda f: torch.save({"config": {"data": "toy"}}, f), "another version wrote it"),
     (lambda f: f.unlink(), "no such file"),
+    (lambda f: shutil.copy(f.with_name("sft.pt"), f), "holds no encoder"),
+    (lambda f: edit_shape(f, n_embd=32), "its encoder cannot be read"),
+    (lambda f: edit_shape(f, depth=2), "its encoder cannot be read"),
 ])
 def test_a_broken_or_malicious_checkpoint(copy, spoil, says, capsys, monkeypatch):
     monkeypatch.chdir(copy)
@@ -276,6 +299,7 @@ def test_a_broken_or_malicious_checkpoint(copy, spoil, says, capsys, monkeypatch
     (lambda d: edit(d / "meta.json", encoder="0" * 16), "encoder = 0000"),
     (lambda d: edit(d / "meta.json", fingerprint="x"), "fingerprint = x"),
     (lambda d: edit(d / "meta.json", complete=False), "unfinished"),
+    (lambda d: (d / "meta.json").write_text('{"complete": true}'), "does not say top_k"),
 ])
 def test_a_store_that_does_not_fit(copy, spoil, says, capsys):
     spoil(copy / "latents")
@@ -284,6 +308,12 @@ def test_a_store_that_does_not_fit(copy, spoil, says, capsys):
 
 def edit(path, **changes):
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def edit_shape(path, **changes):
+    saved = torch.load(path, weights_only=True)
+    saved["config"]["model"].update(changes)
+    torch.save(saved, path)
 
 
 def no_number(p, ids, logits, n):
@@ -329,6 +359,16 @@ data.TOY_SIZE.update({FEW})
 sys.argv.pop(0)
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
+
+
+def test_too_little_memory_is_one_sentence():
+    def too_large():
+        torch.empty(2 ** 60)
+
+    with pytest.raises(data.UserError, match="not enough memory; choose a smaller --batch-size"):
+        common.start(too_large)
+    with pytest.raises(RuntimeError, match="size"):  # a fault of ours is not hidden
+        common.start(lambda: torch.zeros(2) + torch.zeros(3))
 
 
 def test_a_full_disk_is_one_sentence(copy):

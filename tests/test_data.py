@@ -504,7 +504,8 @@ def test_ranks_share_one_global_batch(problems):
 LOOPS = {  # the slots that a token of the chain takes at c = 2, and a loop's layouts of a batch
     "warm-up": (1, lambda batch, n: [explicit_batch(batch)]),
     "phase 1": (2, lambda batch, n: [
-        encoder_batch(batch, 2, 0), llm_batch(batch, 2, draw_chunk(batch, 2, 0, n, none=0.25))]),
+        encoder_batch(batch, 2, 0),
+        llm_batch(batch, 2, draw_chunk(batch, 2, 0, n, from_start=0.25))]),
     "phase 3": (0.5, lambda batch, n: [latent_batch(batch, 2)]),
 }
 

@@ -205,7 +205,7 @@ def test_the_chunk_to_follow_is_drawn_evenly_and_anew():
     parts = [draw_chunk(random_batch([7, 0] * 50), 2, 0, 3, rank, 2) for rank in (0, 1)]
     whole = draw_chunk(random_batch([7, 7, 0, 0] * 50), 2, 0, 3)
     assert (np.stack(parts, 1).ravel() == whole).all()  # two processes draw what one does
-    half = draw_chunk(batch, 2, seed=0, step=3, none=0.5)[::3]
+    half = draw_chunk(batch, 2, seed=0, step=3, from_start=0.5)[::3]
     assert 35 < (half == -1).sum() < 85 and set(half) == {-1, 0, 1, 2, 3}
 
 

@@ -1,5 +1,6 @@
 """A run that was killed and goes on ends bit for bit as one that never was."""
 import json
+import shutil
 import signal
 
 import pytest
@@ -205,6 +206,23 @@ def test_a_stopped_run_remembers_its_best_score(tmp_path, monkeypatch):
             stops += 1
     assert stops == 3
     only_the_first_was_kept(whole, stopped)
+
+
+def test_a_new_warm_up_leaves_no_old_phase_1(tmp_path, monkeypatch):
+    """Interrupted in the warm-up, a run that starts over does not go on with what was before."""
+    longer = [*TINY, "--sft-steps", "6", "--out", str(tmp_path)]
+    train_sup.main([*TINY, "--out", str(tmp_path)])
+    with monkeypatch.context() as patch:
+        press_once(patch, [])
+        with pytest.raises(data.UserError, match="--resume in place of --overwrite"):
+            train_sup.main([*longer, "--overwrite"])
+    assert not list(tmp_path.glob("sup*.pt"))
+    train_sup.main([*longer, "--resume"])
+    warm_up = common.identity(load(tmp_path / "sft.pt")["models"]["llm"])
+    assert load(tmp_path / "sup.pt")["config"]["initial_weights"] == warm_up
+    shutil.copy(tmp_path / "sup.pt", tmp_path / "sft.pt")  # it has another llm
+    with pytest.raises(data.UserError, match="sup.state.pt was made with initial_weights"):
+        train_sup.main([*longer, "--resume"])
 
 
 @pytest.mark.parametrize("flags, says", [
