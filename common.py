@@ -129,8 +129,8 @@ def add_run_flags(group, phase):
         help="of weights, toy problems, order of the data and noise (default: 0)")
     add("--device", help="cpu, cuda, cuda:1, mps, … (default: cuda where there is one)")
     add("--dtype", choices=["float32", "bfloat16"],
-        help="of the matrix products (default: bfloat16 on cuda, else float32; on cuda that is "
-        "TF32)")
+        help="of the models' matrix products (default: bfloat16 on cuda, else float32; that is "
+        "TF32 on cuda)")
     if phase != "analyze":
         again = group.add_mutually_exclusive_group()
         again.add_argument("--resume", action="store_true",
