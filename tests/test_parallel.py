@@ -159,7 +159,8 @@ def environment(monkeypatch):
 def test_what_cannot_be_shared_out_is_said_in_one_sentence(
         phase, says, environment, monkeypatch, tmp_path):
     environment(**TWO)
-    parent = {"config": dict.fromkeys((*common.INHERITED, "top_k", "ltim", "model"), 1)}
+    parent = {"config": dict.fromkeys((*common.INHERITED, "top_k", "ltim", "model"), 1),
+              "models": {"encoder": {}}}
     monkeypatch.setattr(common, "load_checkpoint", lambda path: parent)
     flags = ["--batch-size", "7", "--device", "cpu", "--out", str(tmp_path)]
     with pytest.raises(data.UserError, match=says):
