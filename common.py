@@ -347,8 +347,9 @@ def start(main):
         raise SystemExit("stopped; what was saved before is untouched")
     except OSError as error:
         raise UserError(f"{error.filename or 'the system'}: {error.strerror or error}")
-    except RuntimeError as error:  # torch says it so on a CPU; on a GPU it is one of its subclasses
-        if "memory" not in str(error):
+    except RuntimeError as error:
+        on_gpu = isinstance(error, torch.OutOfMemoryError)
+        if not on_gpu and "allocate memory" not in str(error):  # which is what it says on a CPU
             raise
         raise UserError("there is not enough memory; choose a smaller --batch-size or model")
     finally:

@@ -367,6 +367,11 @@ def test_too_little_memory_is_one_sentence():
 
     with pytest.raises(data.UserError, match="not enough memory; choose a smaller --batch-size"):
         common.start(too_large)
+    def too_large_for_a_gpu():
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with pytest.raises(data.UserError, match="not enough memory"):
+        common.start(too_large_for_a_gpu)
     with pytest.raises(RuntimeError, match="size"):  # a fault of ours is not hidden
         common.start(lambda: torch.zeros(2) + torch.zeros(3))
 
