@@ -347,9 +347,9 @@ def start(main):
         raise SystemExit("stopped; what was saved before is untouched")
     except OSError as error:
         raise UserError(f"{error.filename or 'the system'}: {error.strerror or error}")
-    except RuntimeError as error:
-        on_gpu = isinstance(error, torch.OutOfMemoryError)
-        if not on_gpu and "allocate memory" not in str(error):  # which is what it says on a CPU
+    except (MemoryError, RuntimeError) as error:
+        too_little = isinstance(error, (MemoryError, torch.OutOfMemoryError))
+        if not too_little and "allocate memory" not in str(error):  # as torch says it on a CPU
             raise
         raise UserError("there is not enough memory; choose a smaller --batch-size or model")
     finally:
@@ -514,6 +514,12 @@ class Store:
         require_same(folder, meta, **expected)
         self.values, self.ids, self.offsets = load_arrays(folder, "r", "values", "ids", "offsets")
         self.top_k = meta["top_k"]
+        arrays = self.values, self.ids, self.offsets
+        kinds = [array.dtype.kind for array in arrays]
+        if kinds != ["f", "i", "i"] or [array.ndim for array in arrays] != [2, 2, 1] or not (
+                self.values.shape == self.ids.shape == (max(1, self.offsets[-1]), self.top_k)):
+            raise UserError(f"{folder}: its arrays do not fit each other; make it again with: "
+                            "python compress.py --overwrite")
 
     def read(self, rows, N):
         """The α of these problems: values float32, ids int64, both (B, N, K).
@@ -698,10 +704,14 @@ class Run:
 
     def restore(self, depends):
         saved = self.load_own(self.state, depends)
-        for name, model in self.models.items():
-            model.load_state_dict(saved["models"][name])
-        self.optimizer.load_state_dict(saved["optimizer"])
-        self.step, self.best = saved["step"], saved["best"]
+        try:
+            for name, model in self.models.items():
+                model.load_state_dict(saved["models"][name])
+            self.optimizer.load_state_dict(saved["optimizer"])
+            self.step, self.best = saved["step"], saved["best"]
+        except (KeyError, ValueError, RuntimeError) as error:
+            raise UserError(f"{self.state} lacks what it takes to go on ({type(error).__name__}); "
+                            "start over with --overwrite")
 
     def require_little_is_lost(self, depends):
         """A model without its state: start over only if it is that of the first evaluation.

@@ -348,6 +348,16 @@ def figures(report, way):
         "paths": mean(effective[:-(-FIRST_STEP // c)])}
 
 
+def read_figures(folder, way):
+    """`figures` of an analysis. Raises UserError where its report is damaged."""
+    path = folder / "report.json"
+    try:
+        return figures(common.read_json(path), way)
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"{path} is not as analyze.py writes it ({type(error).__name__}); delete "
+                        f"{folder}, and the same command makes it again")
+
+
 def mean(values):
     """None where all are None."""
     known = [x for x in values if x is not None]
@@ -363,7 +373,7 @@ def training_seconds(folder, stages, records):
 
 def row_of(folders, way, stages, records):
     """{head of a column: entry}, the means over the seeds whose analyses are in `folders`."""
-    found = [figures(common.read_json(folder / "report.json"), way) for folder in folders]
+    found = [read_figures(folder, way) for folder in folders]
     accuracies = [one["accuracy"] for one in found]
     row = {head: mean([one[head] for one in found]) for head in found[0] if head != "interval"}
     if way == "latent":

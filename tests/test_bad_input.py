@@ -231,6 +231,8 @@ def test_a_model_without_its_state_is_not_trained_over(copy, capsys):
     (copy / "sft.state.pt").unlink()
     refused("train_sup", [*TINY, "--seed", 1, "--out", copy, "--resume"], copy,
             "seed = 0, here it is 1", capsys)
+    shutil.copy(copy / "sft.pt", copy / "sft.state.pt")  # it has no optimizer
+    refused("train_sup", [*TINY, "--out", copy, "--resume"], copy, "lacks what it takes", capsys)
 
 
 def test_other_baselines_are_not_compared_with(copy, capsys):
@@ -300,6 +302,9 @@ def test_a_broken_or_malicious_checkpoint(copy, spoil, says, capsys, monkeypatch
     (lambda d: edit(d / "meta.json", fingerprint="x"), "fingerprint = x"),
     (lambda d: edit(d / "meta.json", complete=False), "unfinished"),
     (lambda d: (d / "meta.json").write_text('{"complete": true}'), "does not say top_k"),
+    (lambda d: np.save(d / "ids.npy", np.zeros((5, 50), np.int32)), "do not fit each other"),
+    (lambda d: np.save(d / "values.npy", np.zeros(9, np.float32)), "do not fit each other"),
+    (lambda d: np.save(d / "offsets.npy", np.zeros(9)), "do not fit each other"),
 ])
 def test_a_store_that_does_not_fit(copy, spoil, says, capsys):
     spoil(copy / "latents")
@@ -370,8 +375,12 @@ def test_too_little_memory_is_one_sentence():
     def too_large_for_a_gpu():
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    with pytest.raises(data.UserError, match="not enough memory"):
-        common.start(too_large_for_a_gpu)
+    def too_large_for_numpy():
+        raise MemoryError
+
+    for fault in too_large_for_a_gpu, too_large_for_numpy:
+        with pytest.raises(data.UserError, match="not enough memory"):
+            common.start(fault)
     with pytest.raises(RuntimeError, match="size"):  # a fault of ours is not hidden
         common.start(lambda: torch.zeros(2) + torch.zeros(3))
 

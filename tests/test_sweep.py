@@ -235,6 +235,13 @@ def test_the_rest_takes_as_long_as_what_is_done(tmp_path):
     assert sweep.time_left(stages, records, jobs=1) == "2 h 4 min"
 
 
+def test_a_damaged_report_is_one_sentence(tmp_path):
+    for content in "[]", '{"accuracy": null}', '{"accuracy": {}}', '{"accuracy": "?"}':
+        (tmp_path / "report.json").write_text(content)
+        with pytest.raises(UserError, match="report.json is not as analyze.py writes it"):
+            sweep.read_figures(tmp_path, "latent")
+
+
 def test_what_makes_no_sense_is_refused(tmp_path):
     with pytest.raises(UserError, match="--only c=3: no such setting; there are default, "):
         sweep.main(["--only", "c=3"])
