@@ -469,6 +469,7 @@ def create_array(path, dtype, shape):
     """A new array on disk, mapped into memory. Raises UserError where there is no room for it."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        path.unlink(missing_ok=True)  # who has the old one open, or a link to it, keeps it
         array = np.lib.format.open_memmap(path, "w+", dtype, shape)
         if hasattr(os, "posix_fallocate"):  # take the room now: a full disk later kills the process
             with open(path, "r+b") as file:
@@ -493,7 +494,10 @@ def load_arrays(folder, mode, *names):
     arrays = []
     for name in names:
         try:
-            arrays.append(np.load(folder / f"{name}.npy", mmap_mode=mode, allow_pickle=False))
+            # a file that is too short is refused when it is opened to read; "r+" would fill it up
+            for opened in dict.fromkeys(("r", mode)):
+                array = np.load(folder / f"{name}.npy", mmap_mode=opened, allow_pickle=False)
+            arrays.append(array)
         except (OSError, ValueError, EOFError) as error:
             raise UserError(f"{folder} cannot be read ({error}); make it again with: "
                             "python compress.py --overwrite")

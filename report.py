@@ -56,8 +56,8 @@ def scale(value, low, high, start, end):
 
 
 def axis_top(largest):
-    """The smallest of 0.001, 0.002, 0.004, 0.008, 0.01, …, 8e6 that is no less than `largest`."""
-    for exponent in range(-3, 7):
+    """The smallest of 0.001, 0.002, 0.004, 0.008, 0.01, … that is no less than `largest`."""
+    for exponent in range(-3, 300):
         for digit in (1, 2, 4, 8):
             if digit * 10.0 ** exponent >= largest:
                 return digit * 10.0 ** exponent

@@ -311,6 +311,23 @@ def test_a_store_that_does_not_fit(copy, spoil, says, capsys):
     refused("train_latent", ["--out", copy, "--steps", 1, "--overwrite"], copy, says, capsys)
 
 
+def test_a_new_store_leaves_links_to_the_old_one(copy):
+    """The stages of a sweep share their files by hard links."""
+    store = copy / "latents"
+    (copy / "link.npy").hardlink_to(store / "values.npy")
+    before = (copy / "link.npy").read_bytes()
+    compress.main(["--out", str(copy), "--top-k", "7", "--overwrite"])
+    assert np.load(store / "values.npy").shape[1] == 7
+    assert (copy / "link.npy").read_bytes() == before
+
+
+def test_a_store_cut_short_is_not_filled_up(copy, capsys):
+    path = copy / "latents" / "values.npy"
+    path.write_bytes(path.read_bytes()[:2000])
+    edit(copy / "latents" / "meta.json", done=0, complete=False)
+    refused("compress", ["--out", copy, "--resume"], copy, "cannot be read", capsys)
+
+
 def edit(path, **changes):
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
