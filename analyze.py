@@ -285,8 +285,8 @@ def require_one_warm_up(out, checkpoints):
     sft = checkpoints["sft"]
     begin, end = sft["config"].get("initial_weights"), common.identity(sft["models"]["llm"])
     starts = {"sup": end, "explicit": end, "no_cot": begin}
-    for file in [file for file in starts if file in checkpoints]:
-        if checkpoints[file]["config"].get("initial_weights") != starts[file]:
+    for file, start in starts.items():
+        if file in checkpoints and checkpoints[file]["config"].get("initial_weights") != start:
             flag = "" if file == "sup" else " --baselines"
             raise UserError(f"{out / file}.pt belongs to another sft.pt than the one beside it; "
                             f"make it again with: python train_sup.py{flag} --overwrite")

@@ -266,8 +266,8 @@ def draw_chunk(batch, c, seed, step, rank=0, world=1, from_start=0.0):
     """For each problem at random the last chunk that is read as a latent: an int64 array (B,).
 
     With probability `from_start` it is −1 (no chunk is read), otherwise one of −1 … n−1, all
-    equally likely. The random numbers are a function of (seed, step), so that a resumed run draws the same;
-    process `rank` of `world` takes those of its own problems.
+    equally likely. The random numbers are a function of (seed, step), so that a resumed run draws
+    the same; process `rank` of `world` takes those of its own problems.
     """
     n = np.array([count_chunks(len(p.chain), c) for p in batch.problems])
     rng = np.random.default_rng([seed, step, 1])
