@@ -594,31 +594,39 @@ class Muon(torch.optim.Optimizer):
     def step(self):
         for group in self.param_groups:
             lr, momentum = group["lr"], group["momentum"]
+            alike = {}  # a few large products take a GPU less time than many small ones
             for p in [p for p in group["params"] if p.grad is not None]:
                 state = self.state[p]
                 if "momentum_buffer" not in state:
                     state["momentum_buffer"] = torch.zeros_like(p)
                 mean = state["momentum_buffer"].lerp_(p.grad, 1 - momentum)
                 ahead = p.grad.lerp(mean, momentum)  # Nesterov: this gradient counts once more
-                update = orthogonalize(ahead)
-                p.mul_(1 - lr * group["weight_decay"])
-                # an orthogonal matrix has entries of 1/√max(shape) on average, a step of AdamW 0.2
-                p.add_(update, alpha=-0.2 * math.sqrt(max(p.shape)) * lr)
+                alike.setdefault(p.shape, []).append((p, ahead))
+            for shape, pairs in alike.items():
+                updates = orthogonalize(torch.stack([ahead for _, ahead in pairs]))
+                for (p, _), update in zip(pairs, updates):
+                    p.mul_(1 - lr * group["weight_decay"])
+                    # an orthogonal matrix has entries of 1/√max(shape) on average, a step of
+                    # AdamW 0.2
+                    p.add_(update, alpha=-0.2 * math.sqrt(max(shape)) * lr)
 
 
-def orthogonalize(matrix):
-    """A matrix U S Vᵀ with its larger singular values brought to 0.7 … 1.2: roughly U Vᵀ.
+def orthogonalize(matrices):
+    """Matrices U S Vᵀ, (M, rows, columns), with the larger singular values brought to 0.7 … 1.2.
 
-    Five steps of a Newton–Schulz iteration, each an odd polynomial in the singular values. Those
-    below about a hundredth of the largest stay small.
+    That is roughly U Vᵀ. Five steps of a Newton–Schulz iteration, each an odd polynomial in the
+    singular values, 3.4445 s − 4.7750 s³ + 2.0315 s⁵. Those below about a hundredth of the largest
+    stay small.
     """
-    x = matrix.bfloat16() if matrix.is_cuda else matrix
-    x = x.T if x.size(0) > x.size(1) else x
-    x = x / x.norm().clamp(min=1e-7)
+    x = matrices.bfloat16() if matrices.is_cuda else matrices
+    tall = x.size(1) > x.size(2)
+    x = x.mT.contiguous() if tall else x
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
     for _ in range(5):
-        gram = x @ x.T
-        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
-    return x if x.shape == matrix.shape else x.T
+        gram = x @ x.mT                                                    # (M, rows, rows)
+        even = torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315)
+        x = torch.baddbmm(x, even, x, beta=3.4445)                         # (M, rows, columns)
+    return x.mT if tall else x
 
 
 def schedule(step, steps):
@@ -628,12 +636,16 @@ def schedule(step, steps):
     return min(ramp, cosine)
 
 
-def compiled(function, args):
-    """torch.compile where --compile says so: a graph for each of the few widths of a run."""
-    if not args.compile:
-        return function
-    torch._dynamo.config.recompile_limit = 32  # a function may serve two loops, of 10 widths each
-    return torch.compile(function, dynamic=False)
+def compile_blocks(models, args):
+    """torch.compile where --compile says so: of the blocks, which take most of a step's time.
+
+    A graph of a block serves all layers and all widths of the batches; one of the whole loss would
+    be made anew for each width, and of 12 layers that takes half a minute (LAB.md).
+    """
+    if args.compile:
+        for model in models:
+            for block in model.h:
+                block.compile(dynamic=True)
 
 
 # ----------------------------------------------------------------------------------- a training run
@@ -679,7 +691,8 @@ class Run:
         self.models, self.optimizer = models, optimizer
         self.path = args.out / f"{name}.pt"
         self.state = args.out / f"{name}.state.pt"
-        self.step, self.best, self.figures = 0, -1.0, {}
+        self.step, self.best = 0, -1.0
+        self.figures, self.unread = {}, []  # of the last update that was read; of those to be read
         first = next(iter(models.values()))
         self.config = dict(env.config, fingerprint=problems.fingerprint, model=asdict(first.config),
                            updates=steps, initial_weights=identity(first.state_dict()))
@@ -750,6 +763,7 @@ class Run:
         with Interrupt() as self.interrupt, self.bar:
             while True:
                 if self.stopping or self.interrupt.pressed and self.env.world == 1:
+                    self.read_figures()
                     self.save_state()
                     instead = " in place of --overwrite" if self.args.overwrite else ""
                     raise UserError(f"stopped after {self.step} of {self.steps} updates of "
@@ -760,27 +774,37 @@ class Run:
                 yield self.step
 
     def log(self, **figures):
-        """Log the figures of one update (tensors), and refuse to go on from one that is no number.
+        """Log the figures of an update (tensors), and refuse to go on from one that is no number.
 
-        All are read at once, since on a GPU this is where the host waits for the step.
+        They are read together, and one update late: so a GPU calculates an update while the host
+        lays out the next batch. Before an evaluation nothing is left to be read.
         """
+        self.step += 1
         values = torch.stack([figure.detach().float() for figure in figures.values()])
         if self.env.world > 1:
             pressed = values.new_tensor([self.interrupt.pressed])
             values = torch.cat([values, pressed])
             dist.all_reduce(values)
             values /= self.env.world
-            self.stopping = bool(values[-1] > 0)  # all stop after the same update
-        self.figures = dict(zip(figures, values.tolist()))
-        if not all(map(math.isfinite, self.figures.values())):
-            found = ", ".join(f"{name} = {value}" for name, value in self.figures.items())
-            raise UserError(f"a figure of {self.name} is no number at step {self.step} ({found}): "
-                            "nothing was saved since the last checkpoint; try a smaller --lr than "
-                            f"{self.args.lr}")
-        self.step += 1
-        self.record(step=self.step, **self.figures)
-        self.bar.update()
-        self.bar.set_postfix({k: f"{v:.3f}" for k, v in self.figures.items()}, refresh=False)
+        self.unread.append((self.step, tuple(figures), values))
+        self.read_figures(leave=0 if self.due else 1)
+
+    def read_figures(self, leave=0):
+        while len(self.unread) > leave:
+            step, names, values = self.unread.pop(0)
+            values = values.tolist()
+            if self.env.world > 1:
+                self.stopping = values.pop() > 0  # all stop after the same update
+            self.figures = dict(zip(names, values))
+            if not all(map(math.isfinite, values)):
+                found = ", ".join(f"{name} = {value}" for name, value in self.figures.items())
+                raise UserError(f"a figure of {self.name} is no number at step {step - 1} "
+                                f"({found}): nothing was saved since the last checkpoint; try a "
+                                f"smaller --lr than {self.args.lr}")
+            self.record(step=step, **self.figures)
+            self.bar.update()
+            shown = {name: f"{value:.3f}" for name, value in self.figures.items()}
+            self.bar.set_postfix(shown, refresh=False)
 
     def record(self, **row):
         if self.env.rank == 0:
@@ -788,10 +812,14 @@ class Run:
             self.file.write(json.dumps(row) + "\n")
 
     @property
+    def due(self):
+        """True every --eval-every steps and after the last one."""
+        return self.step % self.args.eval_every == 0 or self.step == self.steps
+
+    @property
     def evaluates(self):
-        """True every --eval-every steps and after the last one, on the process that writes."""
-        due = self.step % self.args.eval_every == 0 or self.step == self.steps
-        return self.env.rank == 0 and due
+        """Whether an evaluation is due, on the process that writes."""
+        return self.due and self.env.rank == 0
 
     def save(self, score, **figures):
         """Log a validation score; save the models if none was better, and the state in any case."""

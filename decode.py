@@ -230,7 +230,8 @@ def evaluate(llm, problems, env, thought, caps, encoder=None, chunk_size=1, top_
             batch_size = -(-batch_size // 4)  # fewer, since the α (B, N, n_ordinary) are large
     start, answers, steps, capped, unparseable = time.time(), {}, 0, 0, 0
     for batch in problems.eval_batches(batch_size, limit):
-        with env.autocast():
+        # a block that is compiled for training has no graphs of what decoding feeds it
+        with env.autocast(), torch.compiler.set_stance("force_eager"):
             x, pos, length = prompt(batch)
             out = decode(llm, env.tokenizer, x, pos, length,
                          chunk_size if thought == "latent" else 0, top_k, *caps,

@@ -78,7 +78,8 @@ def train_latent(llm, store, train, val, args, env):
     c = args.chunk_size
     caps = train.caps(c)
     train.make_buckets(chain_slots=1 / c)
-    forward = common.compiled(hidden_loss if llm.config.hidden_latents else latent_loss, args)
+    common.compile_blocks([llm], args)
+    loss_of = hidden_loss if llm.config.hidden_latents else latent_loss
     optimizer = common.Optimizer({llm: args.lr}, env.device)
     run = common.Run("latent", args, env, {"llm": llm}, optimizer, train, args.steps,
                      depends=("chunk_size", "noise", "start", "encoder", "store_top_k"))
@@ -90,7 +91,7 @@ def train_latent(llm, store, train, val, args, env):
         noise = gumbel_noise(args.seed, step, shape, args.noise)[env.rank::env.world]
         values, ids, noise = values.to(env.device), ids.to(env.device), noise.to(env.device)
         with env.autocast():
-            exp, lat = forward(llm, seq, values, ids, noise)
+            exp, lat = loss_of(llm, seq, values, ids, noise)
         loss = exp + lat
         loss.backward()
         common.average_gradients(optimizer.parameters, env.world)

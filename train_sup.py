@@ -100,14 +100,14 @@ def train_explicit(name, llm, train, val, steps, args, env):
     """SFT, saved as `name`. Returns the model that was best on validation."""
     caps = train.caps(args.chunk_size)
     train.make_buckets(chain_slots=1)
-    forward = common.compiled(explicit_loss, args)
+    common.compile_blocks([llm], args)
     optimizer = common.Optimizer({llm: args.lr}, env.device)
     run = common.Run(name, args, env, {"llm": llm}, optimizer, train, steps)
     for step in run:
         batch = train.train_batch(step, args.batch_size, args.seed, env.rank, env.world)
         seq = explicit_batch(batch).to(env.device)
         with env.autocast():
-            loss = forward(llm, seq)
+            loss = explicit_loss(llm, seq)
         loss.backward()
         common.average_gradients(optimizer.parameters, env.world)
         norm = torch.nn.utils.clip_grad_norm_(optimizer.parameters, 1.0)
@@ -127,8 +127,7 @@ def train_superposition(encoder, llm, train, val, args, env):
     caps = train.caps(c)
     # with its latents: 1 + 1/c in the encoder's sequence, and about 2 + 1/c in the LLM's
     train.make_buckets(chain_slots=1.5 + 1 / c)
-    forward_bag = common.compiled(bag_loss, args)
-    forward = common.compiled(sup_loss, args)
+    common.compile_blocks([encoder, llm], args)
     optimizer = common.Optimizer({encoder: args.lr, llm: args.lr}, env.device)
     bag_steps = args.bag_steps if args.bag else 0
     models = {"encoder": encoder, "llm": llm}
@@ -141,15 +140,15 @@ def train_superposition(encoder, llm, train, val, args, env):
         with env.autocast():
             if step < bag_steps:  # as long as z means nothing, the LLM has nothing to learn
                 rate = common.schedule(step, bag_steps)
-                kl = forward_bag(encoder, enc, bag, tokenizer.n_ordinary)
+                kl = bag_loss(encoder, enc, bag, tokenizer.n_ordinary)
                 sup = torch.zeros_like(kl)
             else:
                 rate = common.schedule(step - bag_steps, steps - bag_steps)
                 followed = draw_chunk(batch, c, args.seed, step, env.rank, env.world,
                                       from_start=FROM_START)  # (B,)
                 seq = llm_batch(batch, c, followed, args.follow).to(env.device)
-                sup, kl = forward(encoder, llm, enc, seq, bag, tokenizer.n_ordinary, args.top_k,
-                                  args.ltsum)
+                sup, kl = sup_loss(encoder, llm, enc, seq, bag, tokenizer.n_ordinary, args.top_k,
+                                   args.ltsum)
         bag_weight = args.bag * (1 - 0.5 * step / steps)  # not to 0: α would leave its chunk again
         loss = sup + bag_weight * kl
         loss.backward()

@@ -119,7 +119,7 @@ def stand_in(n_ordinary):
         n_ordinary=n_ordinary, n_vocab=-(-(n_ordinary + 4) // 64) * 64)
 
 
-def some_problems(tokenizer, count, block_size, x, s, a, scale=1):
+def some_problems(tokenizer, count, args, x, s, a, scale=1):
     """Problems of random tokens, their lengths as said; X and S are `scale` times as long."""
     rng = np.random.default_rng(0)
 
@@ -131,7 +131,7 @@ def some_problems(tokenizer, count, block_size, x, s, a, scale=1):
     for _ in range(count):
         question, chain = text(*x, scale, 1, 4), text(*s, scale, 0, 2)
         rows.append(dict(question=question, chain=chain, answer=text(*a, 1, 2, 1)))
-    return Problems(rows, tokenizer, block_size)
+    return Problems(rows, tokenizer, args.block_size, args.chunk_size)
 
 
 def random_store(folder, problems, c, n_ordinary):
@@ -156,7 +156,7 @@ class Bench:
         tokenizer = stand_in(args.tokens or n_ordinary)
         self.args, self.env = args, SimpleNamespace(**{**vars(env), "tokenizer": tokenizer})
         count = count or 6 * args.batch_size
-        self.problems = some_problems(tokenizer, count, args.block_size, scale=scale, **lengths)
+        self.problems = some_problems(tokenizer, count, args, scale=scale, **lengths)
         self.passes = count // args.batch_size
         c = args.chunk_size
         self.chain_slots = {"sft": 1, "phase 1": 1.5 + 1 / c, "phase 3": 1 / c}
@@ -174,12 +174,11 @@ class Bench:
         self.open_runs(SimpleNamespace(**{**vars(args), "out": out, "lr": 1e-6, "overwrite": True}))
 
     def open_runs(self, args):
-        """What each phase's loop holds: the loss, the optimizer with its parameters, the Run."""
-        losses = {"sft": explicit_loss, "phase 1": sup_loss, "phase 3": latent_loss}
-        self.forwards, self.optimizers, self.runs = {}, {}, {}
+        """What each phase's loop holds: the optimizer with its parameters, the Run."""
+        common.compile_blocks([self.encoder, self.llm], args)
+        self.optimizers, self.runs = {}, {}
         for name in TRAINING:
             models = [self.encoder, self.llm] if name == "phase 1" else [self.llm]
-            self.forwards[name] = common.compiled(losses[name], args)
             rates = dict.fromkeys(models, args.lr)
             self.optimizers[name] = common.Optimizer(rates, self.env.device)
             self.runs[name] = common.Run(name, args, self.env, {"llm": self.llm},
@@ -208,16 +207,15 @@ class Bench:
         return seq, values, ids, gumbel_noise(0, 1, values.shape)
 
     def losses(self, name, inputs):
-        forward = self.forwards[name]
         inputs = [x.to(self.env.device) for x in inputs]
         with self.env.autocast():
             if name == "sft":
-                return dict(loss=forward(self.llm, *inputs))
+                return dict(loss=explicit_loss(self.llm, *inputs))
             if name == "phase 1":
-                sup, kl = forward(self.encoder, self.llm, *inputs, self.env.tokenizer.n_ordinary,
-                                  self.args.top_k)
+                sup, kl = sup_loss(self.encoder, self.llm, *inputs,
+                                   self.env.tokenizer.n_ordinary, self.args.top_k)
                 return dict(loss=sup + 0.5 * kl, sup=sup, bag=kl)
-            exp, lat = forward(self.llm, *inputs)
+            exp, lat = latent_loss(self.llm, *inputs)
             return dict(loss=exp + lat, exp=exp, lat=lat)
 
     def update(self, name, batch):
@@ -247,7 +245,7 @@ class Bench:
         for batch in self.batches["sft"]:
             enc = encoder_batch(batch, self.args.chunk_size, self.env.tokenizer.sum)
             enc = enc.to(self.env.device)
-            with self.env.autocast():
+            with self.env.autocast(), torch.compiler.set_stance("force_eager"):
                 alpha = summarize(self.encoder, enc, self.env.tokenizer.n_ordinary)
             for tensor in alpha.topk(self.store.top_k):
                 tensor.cpu().numpy()
@@ -264,7 +262,7 @@ class Bench:
     def decode(self, latent, batches, caps_of=None):
         """caps_of: the batch whose caps are kept to (None: each its own)."""
         for batch in batches:
-            with self.env.autocast():
+            with self.env.autocast(), torch.compiler.set_stance("force_eager"):
                 prompt = question_prompt(self.llm, batch, self.env)
                 decode(self.llm, self.env.tokenizer, *prompt,
                        self.args.chunk_size if latent else 0, 0,
@@ -302,7 +300,7 @@ class Loops(Bench):
     """The same results the plain way, on the longest problems; `check` sees that they are."""
 
     def __init__(self, args, env):
-        super().__init__(args, env)
+        super().__init__(SimpleNamespace(**{**vars(args), "compile": False}), env)
         rows, c, device = self.problems.order[-args.batch_size:], args.chunk_size, env.device
         batch = self.problems.batch(rows, rows)
         self.enc = encoder_batch(batch, c, self.env.tokenizer.sum).to(device)
@@ -472,18 +470,19 @@ def print_parts(table):
 
 
 def job_memory(bench, name, job):
-    """MiB at most. On a GPU as if it ran alone: its weights, Adam's moments, what it allocates."""
+    """MiB at most. On a GPU as if it ran alone: its weights, the optimizer's state, what it uses."""
     device = bench.env.device
     if device.type != "cuda":
         return peak_memory(device)
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
     job()
+    own = list(bench.llm.parameters())
     if name in TRAINING:
-        own = sum(12 * p.numel() for p in bench.optimizers[name][1])
-    else:
-        own = sum(4 * p.numel() for p in bench.llm.parameters())
-    return peak_memory(device) + (own - before) / 2 ** 20
+        own = list(bench.optimizers[name].parameters)
+        for half in bench.optimizers[name].both:
+            own += [value for state in half.state.values() for value in state.values()]
+    return peak_memory(device) + (sum(tensor.nbytes for tensor in own) - before) / 2 ** 20
 
 
 def scaled_bench(axis, value, args, env):

@@ -34,6 +34,19 @@ def pipeline(out, *flags):
     train_latent.main([*LATENT, "--out", str(out), *flags])
 
 
+def test_figures_are_read_one_update_late_but_all_before_an_evaluation(tmp_path, monkeypatch):
+    original, rows = common.Run.log, []
+
+    def log(run, **figures):
+        original(run, **figures)
+        rows.append(len((tmp_path / "sft.jsonl").read_text("utf-8").splitlines()))
+
+    monkeypatch.setattr(common.Run, "log", log)
+    train_sup.main([*TINY, "--sft-steps", "5", "--steps", "0", "--eval-every", "3",
+                    "--out", str(tmp_path)])
+    assert rows == [0, 1, 3, 1 + 3, 1 + 5]  # an evaluation has a row, too
+
+
 def dies_after(patch, method, when):
     """From now on `method` of a Run ends the program where `when(run)`, once a loop and step."""
     original, died = getattr(common.Run, method), []

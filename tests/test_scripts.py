@@ -145,6 +145,14 @@ def test_what_the_bench_compares_is_equal():
         job()
 
 
+@pytest.mark.parametrize("c", [1, 2, 8])
+def test_the_bench_has_no_problem_that_is_too_long(c):
+    args, _ = bench.setup(["--chunk-size", str(c), "--device", "cpu"])
+    p = bench.some_problems(bench.stand_in(100), 500, args, x=(56, 20), s=(56, 20), a=(4, 0))
+    latents = bench.count_chunks(p.s.length, c)
+    assert 0 < p.dropped and (p.x.length + c * latents + p.a.length).max() <= args.block_size
+
+
 def test_problems_without_a_chain_of_thought(call, gpt2_tokenizer, tmp_path):
     for split in ("train", "test"):
         rows = [{"question": f"What is {i}?", "answer": f"#### {i}"} for i in range(40)]
