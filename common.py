@@ -153,7 +153,7 @@ def setup(p, phase, argv=None):
     UserError on a value that makes no sense or contradicts phase 1.
     """
     args = p.parse_args(argv)
-    default_folder = Path(args.data or "toy").resolve().name.removesuffix(".jsonl")
+    default_folder = os.path.basename(os.path.abspath(args.data or "toy")).removesuffix(".jsonl")
     args.out = args.out or Path("out") / default_folder
     parent = None if phase == "sup" else load_checkpoint(args.out / "sup.pt")
     fill_in_defaults(args, phase, parent)
@@ -248,7 +248,8 @@ def check_ranges(args):
     for field, value in vars(args).items():
         least = 0 if type(value) is float or field in may_be_zero else 1
         if type(value) in (int, float) and not least <= value < 2 ** 63:
-            raise UserError(f"{flag_of(field)} {value}: must be a number from {least} up")
+            raise UserError(f"{flag_of(field)} {value}: must be a number from {least} up"
+                            + (", below 2 to the 63" if value > 0 else ""))
 
 
 def process_rank(args, phase):
@@ -282,7 +283,7 @@ def choose_device(args, world):
     try:
         device = torch.device(name)
         torch.zeros(1, device=device).tolist()
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+    except (RuntimeError, AssertionError, NotImplementedError, ImportError) as error:
         raise UserError(f"--device {name}: {str(error).splitlines()[0]}")
     return device
 
@@ -338,7 +339,8 @@ def say_next(script, args, env):
 
 def start(main):
     """Run a script's main; what the system refuses (a folder, a disk, memory) is one sentence."""
-    sys.stdout.reconfigure(errors="replace")  # a terminal without α is no reason to stop
+    if sys.stdout:  # which may be closed
+        sys.stdout.reconfigure(errors="replace")  # a terminal without α is no reason to stop
     try:
         main()
         if dist.is_initialized():
@@ -348,6 +350,9 @@ def start(main):
     except OSError as error:
         raise UserError(f"{error.filename or 'the system'}: {error.strerror or error}")
     except (MemoryError, RuntimeError) as error:
+        if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+            why = next(line for line in str(error).splitlines() + ["no reason given"] if line)
+            raise UserError(f"torch.compile failed ({why}); go without it: --no-compile")
         too_little = isinstance(error, (MemoryError, torch.OutOfMemoryError))
         if not too_little and "allocate memory" not in str(error):  # as torch says it on a CPU
             raise
@@ -385,6 +390,28 @@ def average_gradients(parameters, world):
 
 # -------------------------------------------------------------------------------------------- files
 
+def lock(out):
+    """The open file `lock` of a folder, which says that this process writes there until its end.
+
+    Raises UserError where another one does, or the folder can't be written to. A system without
+    such locks refuses nothing.
+    """
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        file = open(out / "lock", "w")
+    except OSError as error:
+        raise UserError(f"could not write {out} ({error.strerror})")
+    try:
+        import fcntl  # not on Windows
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        raise UserError(f"another process writes to {out}; wait for its end, or choose another "
+                        "--out")
+    except (ImportError, OSError):
+        pass
+    return file
+
+
 def write(path, content):
     """Write beside, sync, rename: `path` is the old file or the new one, never half of it.
 
@@ -413,7 +440,7 @@ def write_json(path, content):
 def read_json(path):
     try:
         return dict(json.loads(path.read_text("utf-8")))
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         raise UserError(f"{path}: cannot be read ({error})")
 
 
@@ -432,6 +459,8 @@ def load_checkpoint(path):
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
         return {"path": path, "models": {}, "config": saved["config"], **saved}
+    except PermissionError:
+        raise  # for `start` to say
     except Exception as error:  # a truncated or foreign file fails in many ways
         raise UserError(f"{path}: not a checkpoint of this project ({type(error).__name__})")
 
@@ -465,18 +494,33 @@ def identity(weights):
 
 # --------------------------------------------------------------- the store: phase 2 writes, 3 reads
 
-def create_array(path, dtype, shape):
-    """A new array on disk, mapped into memory. Raises UserError where there is no room for it."""
+def create_arrays(folder, **arrays):
+    """New arrays of a store on disk, name=(dtype, shape), mapped into memory: a list.
+
+    They replace a store that was there. Raises UserError where there is no room for all of them;
+    then what was there before is untouched.
+    """
+    parts, opened = {name: folder / f"{name}.npy.part" for name in arrays}, []
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.unlink(missing_ok=True)  # who has the old one open, or a link to it, keeps it
-        array = np.lib.format.open_memmap(path, "w+", dtype, shape)
-        if hasattr(os, "posix_fallocate"):  # take the room now: a full disk later kills the process
-            with open(path, "r+b") as file:
-                os.posix_fallocate(file.fileno(), 0, os.path.getsize(path))
-        return array
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, (dtype, shape) in arrays.items():
+            opened.append(np.lib.format.open_memmap(parts[name], "w+", dtype, shape))
+            if hasattr(os, "posix_fallocate"):  # take the room now: a full disk would later kill us
+                with open(parts[name], "r+b") as file:
+                    os.posix_fallocate(file.fileno(), 0, os.path.getsize(parts[name]))
+        (folder / "meta.json").unlink(missing_ok=True)  # written last: without it there is no store
+        for name, part in parts.items():
+            os.replace(part, folder / f"{name}.npy")  # who has a link to the old one keeps it
+        return opened
     except OSError as error:
-        raise UserError(f"could not write {path} ({error})")
+        for part in parts.values():
+            with contextlib.suppress(OSError):
+                part.unlink(missing_ok=True)
+        raise UserError(f"could not write {folder} ({error}); what was there before is untouched")
+
+
+def make_again(folder):
+    return f"make the store again with: python compress.py --overwrite --out {folder.parent}"
 
 
 def read_meta(folder, *fields):
@@ -484,8 +528,7 @@ def read_meta(folder, *fields):
     meta = read_json(folder / "meta.json")
     missing = [field for field in fields if field not in meta]
     if missing:
-        raise UserError(f"{folder / 'meta.json'} does not say {missing[0]}; make the store again "
-                        "with: python compress.py --overwrite")
+        raise UserError(f"{folder / 'meta.json'} does not say {missing[0]}; {make_again(folder)}")
     return meta
 
 
@@ -499,8 +542,7 @@ def load_arrays(folder, mode, *names):
                 array = np.load(folder / f"{name}.npy", mmap_mode=opened, allow_pickle=False)
             arrays.append(array)
         except (OSError, ValueError, EOFError) as error:
-            raise UserError(f"{folder} cannot be read ({error}); make it again with: "
-                            "python compress.py --overwrite")
+            raise UserError(f"{folder} cannot be read ({error}); {make_again(folder)}")
     return arrays
 
 
@@ -512,9 +554,12 @@ class Store:
     """
 
     def __init__(self, folder, **expected):
+        if not (folder / "meta.json").exists():
+            raise UserError(f"{folder}: no such store; run compress.py first, with the same --out")
         meta = read_meta(folder, "complete", "top_k")
         if not meta["complete"]:
-            raise UserError(f"{folder} is unfinished; finish it with: python compress.py --resume")
+            raise UserError(f"{folder} is unfinished; finish it with: python compress.py --resume "
+                            f"--out {folder.parent}")
         require_same(folder, meta, **expected)
         self.values, self.ids, self.offsets = load_arrays(folder, "r", "values", "ids", "offsets")
         self.top_k = meta["top_k"]
@@ -522,8 +567,7 @@ class Store:
         kinds = [array.dtype.kind for array in arrays]
         if kinds != ["f", "i", "i"] or [array.ndim for array in arrays] != [2, 2, 1] or not (
                 self.values.shape == self.ids.shape == (max(1, self.offsets[-1]), self.top_k)):
-            raise UserError(f"{folder}: its arrays do not fit each other; make it again with: "
-                            "python compress.py --overwrite")
+            raise UserError(f"{folder}: its arrays do not fit each other; {make_again(folder)}")
 
     def read(self, rows, N):
         """The α of these problems: values float32, ids int64, both (B, N, K).
@@ -682,17 +726,19 @@ class Run:
                <name>.jsonl
     """
 
-    DEPENDS = (*PROBLEMS, "tokenizer", "batch_size", "lr", "updates", "model", "fingerprint",
-               "initial_weights")
+    DEPENDS = (*PROBLEMS, "tokenizer", "batch_size", "lr", "dtype", "updates", "model",
+               "fingerprint", "initial_weights")
     NEXT = {"sft": ("sup",), "explicit": ("no_cot",)}  # the loop after it, in the same script
 
     def __init__(self, name, args, env, models, optimizer, problems, steps, depends=()):
         self.name, self.args, self.env, self.steps = name, args, env, steps
         self.models, self.optimizer = models, optimizer
+        self.held = lock(args.out) if env.rank == 0 else None
         self.path = args.out / f"{name}.pt"
         self.state = args.out / f"{name}.state.pt"
         self.step, self.best = 0, -1.0
         self.figures, self.unread = {}, []  # of the last update that was read; of those to be read
+        self.replaced = []  # by --overwrite: files that go as soon as this run has saved something
         first = next(iter(models.values()))
         self.config = dict(env.config, fingerprint=problems.fingerprint, model=asdict(first.config),
                            updates=steps, initial_weights=identity(first.state_dict()))
@@ -700,10 +746,10 @@ class Run:
             self.restore(depends)
         elif args.resume and self.path.exists():
             self.require_little_is_lost(depends)
-        elif args.overwrite and env.rank == 0:
-            for loop in (name, *self.NEXT.get(name, ())):  # what is made of this one is void too
-                for file in (f"{loop}.state.pt", f"{loop}.pt"):
-                    (args.out / file).unlink(missing_ok=True)
+        elif args.overwrite:  # what is made of this one is void, too
+            loops = (name, *self.NEXT.get(name, ()))
+            self.replaced = [args.out / f"{loop}{end}" for loop in loops
+                             for end in (".state.pt", ".pt")]
         elif not (args.resume or args.overwrite) and (self.path.exists() or self.state.exists()):
             raise UserError(f"{self.path.parent} already holds a run ({self.path.name}); go on "
                             "with --resume, start over with --overwrite, or choose another --out")
@@ -756,7 +802,7 @@ class Run:
         """Yield the number of each update. What it does is a function of (seed, step) alone."""
         if self.step == self.steps == 0 and self.env.rank == 0:
             # no update is asked for: the model that it starts from is the result
-            save_checkpoint(self.path, config=self.config, step=0, score=0.0, models=self.weights())
+            self.write(self.path, step=0, score=0.0)
         self.bar = tqdm(total=self.steps, initial=self.step, desc=self.name, mininterval=1,
                         disable=self.env.rank > 0)
         self.started, self.stopping = time.time(), False
@@ -765,6 +811,8 @@ class Run:
                 if self.stopping or self.interrupt.pressed and self.env.world == 1:
                     self.read_figures()
                     self.save_state()
+                    if self.env.world > 1:
+                        dist.barrier()  # all leave together, when the first one has saved
                     instead = " in place of --overwrite" if self.args.overwrite else ""
                     raise UserError(f"stopped after {self.step} of {self.steps} updates of "
                                     f"{self.name} and saved; go on with the same command and "
@@ -798,13 +846,16 @@ class Run:
             self.figures = dict(zip(names, values))
             if not all(map(math.isfinite, values)):
                 found = ", ".join(f"{name} = {value}" for name, value in self.figures.items())
-                raise UserError(f"a figure of {self.name} is no number at step {step - 1} "
-                                f"({found}): nothing was saved since the last checkpoint; try a "
-                                f"smaller --lr than {self.args.lr}")
+                self.refuse_to_go_on(f"a figure ({found})")
             self.record(step=step, **self.figures)
             self.bar.update()
             shown = {name: f"{value:.3f}" for name, value in self.figures.items()}
             self.bar.set_postfix(shown, refresh=False)
+
+    def refuse_to_go_on(self, what):
+        raise UserError(f"{what} of {self.name} is no number after {self.step} updates; nothing "
+                        "was saved since the last checkpoint, which is as it was; try a smaller "
+                        f"--lr than {self.args.lr}")
 
     def record(self, **row):
         if self.env.rank == 0:
@@ -829,17 +880,25 @@ class Run:
         tqdm.write(f"{self.name} {self.step:5d}  validation {score:.3f}  {shown}")
         if score >= self.best:
             self.best = score
-            save_checkpoint(self.path, config=self.config, step=self.step, score=score,
-                            models=self.weights())
+            self.write(self.path, step=self.step, score=score)
         self.save_state()
 
     def save_state(self):
         if self.env.rank == 0:
-            save_checkpoint(self.state, config=self.config, step=self.step, best=self.best,
-                            models=self.weights(), optimizer=self.optimizer.state_dict())
+            self.write(self.state, step=self.step, best=self.best,
+                       optimizer=self.optimizer.state_dict())
 
-    def weights(self):
-        return {name: model.state_dict() for name, model in self.models.items()}
+    def write(self, path, **content):
+        models = {name: model.state_dict() for name, model in self.models.items()}
+        if not all(w.isfinite().all() for weights in models.values() for w in weights.values()):
+            self.refuse_to_go_on("a weight")
+        if path in self.replaced and path != self.state:
+            self.state.unlink(missing_ok=True)  # nobody goes on from the old state to a new model
+        save_checkpoint(path, config=self.config, models=models, **content)
+        for file in self.replaced:
+            if file != path:
+                file.unlink(missing_ok=True)
+        self.replaced = []
 
     def best_model(self, name):
         """The GPT that this run kept."""

@@ -15,6 +15,8 @@ At the end the effective compression rate (ECR) is printed: how many tokens of i
 the largest entries of an α. After an interruption, --resume does the rest.
 Next: train_latent.py
 """
+import math
+
 import numpy as np
 import torch
 from tqdm import tqdm
@@ -58,10 +60,9 @@ def open_store(folder, meta, offsets, args):
         common.require_same(folder, old, **meta)
         values, ids = common.load_arrays(folder, "r+", "values", "ids")
         return values, ids, old["done"], old["mass_sum"]
-    (folder / "meta.json").unlink(missing_ok=True)  # written last: without it there is no store
-    rows = max(1, meta["latents"])  # without any chain: one row, for Store.read to index
-    values = common.create_array(folder / "values.npy", np.float32, (rows, meta["top_k"]))
-    ids = common.create_array(folder / "ids.npy", np.int32, (rows, meta["top_k"]))
+    shape = max(1, meta["latents"]), meta["top_k"]  # without any chain: a row for Store.read
+    values, ids = common.create_arrays(
+        folder, values=(np.float32, shape), ids=(np.int32, shape))
     common.write(folder / "offsets.npy", lambda f: np.save(f, offsets, allow_pickle=False))
     return values, ids, 0, 0.0
 
@@ -107,6 +108,7 @@ def main(argv=None):
             "encoder": common.identity(env.parent["models"]["encoder"]), "top_k": K,
             "batch_size": args.batch_size, "problems": len(train), "latents": total}
     made_by = {field: env.config[field] for field in ("commit", "torch", "python", "dtype")}
+    held = common.lock(args.out)  # noqa: F841
     values, ids, done, mass = open_store(folder, meta, offsets, args)
 
     batches = list(train.eval_batches(args.batch_size))
@@ -123,6 +125,9 @@ def main(argv=None):
             values[rows] = kept_values[real].cpu().numpy()
             ids[rows] = kept_ids[real].cpu().numpy()
             mass += float(kept_mass.expand_as(real)[real].sum())
+            if not math.isfinite(mass):
+                raise UserError(f"{args.out / 'sup.pt'}: its α hold what is no number; train it "
+                                "again, with --overwrite and a smaller --lr")
             if done % SAVE_EVERY == 0 or done == len(batches) or interrupt.pressed:
                 values.flush()
                 ids.flush()

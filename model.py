@@ -230,7 +230,8 @@ class GPT(nn.Module):
 def gpt2_weights(name):
     """GPT-2's state dict as published: from torch's cache, or downloaded to it.
 
-    Raises OSError or ValueError where the download fails, RuntimeError where its checksum differs.
+    Raises OSError or ValueError where the download fails, RuntimeError where its checksum differs,
+    ValueError where the file in the cache is damaged.
     """
     file = Path(torch.hub.get_dir(), "checkpoints", f"openai-{name}.bin")
     if not file.is_file():
@@ -238,7 +239,10 @@ def gpt2_weights(name):
         sha256 = GPT2_SHA256.get(name) or published_sha256(url)
         file.parent.mkdir(parents=True, exist_ok=True)
         torch.hub.download_url_to_file(url, str(file), sha256)  # to a temporary file first
-    return torch.load(file, map_location="cpu", weights_only=True)
+    try:
+        return torch.load(file, map_location="cpu", weights_only=True)
+    except Exception:  # a damaged file fails in many ways
+        raise ValueError(f"{file} is damaged; remove it, and it is downloaded again")
 
 
 def published_sha256(url):

@@ -433,6 +433,10 @@ def parse(argv=None):
     if unknown:
         raise UserError(f"--only {sorted(unknown)[0]}: no such setting; there are "
                         + ", ".join(names))
+    for flag in ("--split", "--ask", "--out"):
+        if any(len(word) > 2 and flag.startswith(word.split("=")[0]) for word in args.analyze):
+            raise UserError(f"--analyze {flag}: a sweep compares the reports of the test split; "
+                            "call analyze.py itself in the folder of an analysis")
     if args.jobs < 1:
         raise UserError(f"--jobs {args.jobs}: must be a number from 1 up")
     args.settings = [setting for setting in SETTINGS if setting[0] in (args.only or names)]

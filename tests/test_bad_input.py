@@ -141,6 +141,7 @@ def test_a_byte_order_mark_crlf_and_blank_lines_are_nothing(tmp_path, content):
     (["--device", "tpu9000"], "--device tpu9000"),
     (["--device", "cuda:99"], "--device cuda:99"),
     (["--device", "meta"], "--device meta"),
+    (["--device", "hpu"], "--device hpu"),
     (["--steps", 3, "--bag-steps", 3], "--steps 3: the first --bag-steps 3"),
     (["--dtype", "float8"], "invalid choice"),
     (["--data", "gsm9k"], "gsm9k"),
@@ -148,7 +149,8 @@ def test_a_byte_order_mark_crlf_and_blank_lines_are_nothing(tmp_path, content):
     (["--nonsense"], "unrecognized arguments"),
     (["--resume", "--overwrite"], "not allowed with"),
     (["--init", "nowhere.pt"], "a shape of its own"),
-    (["--seed", 2 ** 70], "--seed"),
+    (["--seed", 2 ** 70], "from 0 up, below 2 to the 63"),
+    (["--latents", "hidden", "--top-k", 5], "a hidden state has no entries"),
     (["--cot", "poem"], "invalid choice"),
 ])
 def test_a_flag_that_makes_no_sense(tmp_path, flags, says, capsys, request):
@@ -197,6 +199,7 @@ def test_top_k_beyond_the_vocabulary_is_all_of_it(tmp_path):
     ("train_sup", [*TINY, "--baselines", "--lr", 0.5], "here it is 0.5"),
     ("train_latent", ["--noise", 1, "--steps", 1, "--resume"], "noise = 0.1, here it is 1"),
     ("train_latent", ["--steps", 2, "--resume"], "updates = 1, here it is 2"),
+    ("train_latent", ["--steps", 1, "--dtype", "bfloat16", "--resume"], "dtype = float32, here"),
     ("analyze", ["--split", "renumbered"], "test problems are new already"),
     ("compress", ["--batch-size", 4, "--resume"], "batch_size = "),
     ("analyze", ["--limit", 0], "--limit 0"),
@@ -294,7 +297,8 @@ def test_a_broken_or_malicious_checkpoint(copy, spoil, says, capsys, monkeypatch
 @pytest.mark.parametrize("spoil, says", [
     (lambda d: (d / "meta.json").write_text("{"), "cannot be read"),
     (lambda d: (d / "meta.json").write_text("7"), "cannot be read"),
-    (lambda d: (d / "meta.json").unlink(), "cannot be read"),
+    (lambda d: (d / "meta.json").unlink(), "no such store; run compress.py first"),
+    (lambda d: (d / "meta.json").write_text("[" * 90_000), "cannot be read"),
     (lambda d: (d / "values.npy").write_bytes(b"\x93NUMPY"), "cannot be read"),
     (lambda d: np.save(d / "ids.npy", np.array([Malice()]), allow_pickle=True), "cannot be read"),
     (lambda d: edit(d / "meta.json", tokenizer="gpt2"), "tokenizer = gpt2, here it is toy"),
@@ -359,9 +363,75 @@ def test_a_loss_that_is_no_number_saves_nothing(copy, monkeypatch, latent_kl, sa
     one_update_less(files[0])
     before = [file.read_bytes() for file in files]
     monkeypatch.setattr(train_latent, "latent_kl", latent_kl)
-    with pytest.raises(data.UserError, match=f"latent is no number at step 0 .*{says}"):
+    with pytest.raises(data.UserError, match=rf"a figure \(.*{says}.*of latent is no number"):
         train_latent.main(["--out", str(copy), "--steps", "1", "--resume"])
     assert before == [file.read_bytes() for file in files]
+
+
+@pytest.mark.parametrize("fails", [True, False], ids=["no number", "in the end"])
+def test_what_overwrite_replaces_stays_until_something_is_saved(copy, monkeypatch, fails):
+    files = [copy / f"{loop}{end}" for loop in ("sft", "sup") for end in (".pt", ".state.pt")]
+    before = [file.read_bytes() for file in files]
+    command = [*TINY, "--seed", "1", "--steps", "0", "--overwrite", "--out", str(copy)]
+    if fails:
+        monkeypatch.setattr(train_sup, "weighted_nll", lambda logits, *_: logits.sum() * torch.nan)
+        with pytest.raises(data.UserError, match="the last checkpoint, which is as it was"):
+            train_sup.main(command)
+        assert before == [file.read_bytes() for file in files]
+    else:
+        monkeypatch.setattr(train_sup, "train_superposition", lambda *_: None)
+        train_sup.main(command)
+        assert common.load_checkpoint(files[0])["config"]["seed"] == 1
+        assert [file.exists() for file in files] == [True, True, False, False]
+
+
+def test_weights_that_are_no_numbers_are_not_saved(copy, monkeypatch):
+    """The last update can make them so, after its loss was looked at."""
+    one_update_less(copy / "latent.state.pt")
+    before = contents(copy)
+    step = common.Muon.step
+
+    def too_far(muon):
+        step(muon)
+        muon.param_groups[0]["params"][0].data.fill_(torch.inf)
+
+    monkeypatch.setattr(common.Muon, "step", too_far)
+    with pytest.raises(data.UserError, match="a weight of latent is no number after 1 updates"):
+        train_latent.main(["--out", str(copy), "--steps", "1", "--resume"])
+    after = contents(copy)
+    assert all(before[path] == after[path] for path in before if path.suffix == ".pt")
+
+
+def test_an_encoder_that_writes_no_number_makes_no_store(copy, capsys):
+    saved = torch.load(copy / "sup.pt", weights_only=True)
+    saved["models"]["encoder"]["wpe.weight"].fill_(torch.nan)
+    torch.save(saved, copy / "sup.pt")
+    with pytest.raises(data.UserError, match="its α hold what is no number"):
+        compress.main(["--out", str(copy), "--overwrite"])
+    assert not (copy / "latents" / "meta.json").exists()
+
+
+def test_a_store_that_finds_no_room_leaves_the_old_one(copy, monkeypatch, capsys):
+    def full(file, offset, size):
+        if file_of[-1] == "ids":
+            raise OSError(28, "No space left on device")
+        file_of.append("ids")
+
+    file_of = ["values"]
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    refused("compress", ["--out", copy, "--overwrite"], copy, "untouched", capsys)
+
+
+@pytest.mark.parametrize("script, flags", [
+    ("train_sup", TINY), ("compress", []), ("train_latent", ["--steps", 1])])
+def test_a_folder_that_another_process_writes_to(copy, script, flags, capsys):
+    code = f"import common, pathlib; held = common.lock(pathlib.Path({str(copy)!r})); input(1)"
+    other = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdin=subprocess.PIPE,
+                             stdout=subprocess.PIPE)
+    other.stdout.read(1)
+    refused(script, [*flags, "--overwrite", "--out", copy], copy, "another process writes", capsys)
+    other.communicate(b"\n")
+    common.lock(copy)
 
 
 def test_a_damaged_log_does_not_stop_a_run(copy):
@@ -381,6 +451,27 @@ data.TOY_SIZE.update({FEW})
 sys.argv.pop(0)
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
+
+
+def test_what_the_compiler_cannot_do_is_one_sentence():
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    def compiles():
+        raise InvalidCxxCompiler
+
+    with pytest.raises(data.UserError, match="torch.compile failed .*; go without it: --no-comp"):
+        common.start(compiles)
+
+
+def test_without_an_output_a_script_runs(monkeypatch):
+    monkeypatch.setattr(sys, "stdout", None)
+    common.start(lambda: None)
+
+
+def test_a_link_to_itself_is_no_data(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine").symlink_to("mine")
+    refused("train_sup", [*TINY, "--data", "mine"], tmp_path, "mine", capsys)
 
 
 def test_too_little_memory_is_one_sentence():

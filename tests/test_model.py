@@ -212,3 +212,6 @@ def test_gpt2_weights_come_once(hub, monkeypatch):
     assert all(torch.equal(first[name], value) for name, value in again.items())
     assert [f.name for f in hub.cache.iterdir()] == ["openai-gpt2-medium.bin"]
     assert GPT.from_gpt2("gpt2-medium", 16).config.gelu == "tanh"
+    (hub.cache / "openai-gpt2-medium.bin").write_bytes(b"half")
+    with pytest.raises(ValueError, match="openai-gpt2-medium.bin is damaged; remove it"):
+        model.gpt2_weights("gpt2-medium")

@@ -245,6 +245,9 @@ def test_a_damaged_report_is_one_sentence(tmp_path):
 def test_what_makes_no_sense_is_refused(tmp_path):
     with pytest.raises(UserError, match="--only c=3: no such setting; there are default, "):
         sweep.main(["--only", "c=3"])
+    for flags in "--split easy", "--ask=Why?", "--out=there":
+        with pytest.raises(UserError, match="--analyze --.*: a sweep compares the reports of"):
+            sweep.main([f"--analyze={flags}", "--out", str(tmp_path)])
     with pytest.raises(UserError, match="--jobs 0"):
         sweep.main(["--jobs", "0"])
     held = sweep.lock(tmp_path)
