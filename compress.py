@@ -30,6 +30,21 @@ SAVE_EVERY = 20  # batches between two saves
 SAMPLE = 1000    # problems of which the ECR is measured
 
 
+# ----------------------------------------------------------------------------------------- the idea
+
+def top_entries(encoder, hidden, n_ordinary, K):
+    """What the store holds of hidden states at L, (B, N, C): (values, ids, mass).
+
+    values float32, ids int64 (B, N, K): α's K largest entries, scaled to sum to 1; mass (B, N):
+    what they summed to before. Ablation hidden_latents: the hidden state itself, no ids.
+    """
+    if encoder.config.hidden_latents:
+        return hidden.float(), torch.zeros_like(hidden, dtype=torch.int64), hidden.new_ones(1, 1)
+    values, ids = ordinary_softmax(encoder.head(hidden), n_ordinary).topk(K)   # (B, N, K)
+    mass = values.sum(2)                                                       # (B, N)
+    return values / mass[:, :, None], ids, mass
+
+
 def choose_top_k(args, env):
     """K: --top-k, or that of phase 1, or 50; 0 is the whole ordinary vocabulary.
 
@@ -45,6 +60,8 @@ def choose_top_k(args, env):
         return model["n_embd"]  # a hidden state is kept whole, a channel an entry
     return min(K or vocabulary, vocabulary)
 
+
+# ---------------------------------------------------------------------------------------- the store
 
 def open_store(folder, meta, offsets, args):
     """A new store, or that of an interrupted run: (values, ids, batches done, mass kept so far).
@@ -67,19 +84,6 @@ def open_store(folder, meta, offsets, args):
     return values, ids, 0, 0.0
 
 
-def to_keep(encoder, hidden, n_ordinary, K):
-    """What the store keeps of hidden states at L, (B, N, C): (values, ids, mass).
-
-    values float32, ids int64 (B, N, K): α's K largest entries, scaled to sum to 1; mass (B, N):
-    what they summed to before. Ablation hidden_latents: the hidden state itself, no ids.
-    """
-    if encoder.config.hidden_latents:
-        return hidden.float(), torch.zeros_like(hidden, dtype=torch.int64), hidden.new_ones(1, 1)
-    values, ids = ordinary_softmax(encoder.head(hidden), n_ordinary).topk(K)   # (B, N, K)
-    mass = values.sum(2)                                                       # (B, N)
-    return values / mass[:, :, None], ids, mass
-
-
 def report_ecr(folder, train, c):
     """Print the ECR at K = c: how many of a chunk's tokens are among the top c of its α."""
     rows = np.arange(min(SAMPLE, len(train)))
@@ -92,39 +96,31 @@ def report_ecr(folder, train, c):
           "there can be")
 
 
-def main(argv=None):
-    p = common.parser(__doc__, "compress")
-    args, env = common.setup(p, "compress", argv)
-    c, tokenizer, K = args.chunk_size, env.tokenizer, choose_top_k(args, env)
-    train, = splits(args, env, ["train"])
-    common.require_same(args.out / "sup.pt", env.parent["config"], fingerprint=train.fingerprint)
-    encoder = common.build(env.parent, "encoder", env.device)
+# ----------------------------------------------------------------------------------------- the loop
 
-    folder = args.out / "latents"
+def compress(encoder, train, meta, args, env):
+    """Write the store: α of every chunk of `train`. Returns the mass that the kept entries had.
+
+    meta: what the store is made from, as it stands in meta.json.
+    """
+    folder, c, tokenizer = args.out / "latents", args.chunk_size, env.tokenizer
     offsets = np.concatenate([[0], count_chunks(train.s.length, c).cumsum()])
-    total = int(offsets[-1])
-    meta = {"version": 1, "data": args.data, "cot": args.cot, "fingerprint": train.fingerprint,
-            "seed": args.seed, "chunk_size": c, "tokenizer": tokenizer.name,
-            "encoder": common.identity(env.parent["models"]["encoder"]), "top_k": K,
-            "batch_size": args.batch_size, "problems": len(train), "latents": total}
-    made_by = {field: env.config[field] for field in ("commit", "torch", "python", "dtype")}
-    held = common.lock(args.out)  # noqa: F841
     values, ids, done, mass = open_store(folder, meta, offsets, args)
-
+    made_by = {field: env.config[field] for field in ("commit", "torch", "python")}
     batches = list(train.eval_batches(args.batch_size))
     progress = tqdm(batches[done:], "compress", len(batches), initial=done)
     with torch.no_grad(), common.Interrupt() as interrupt:
         for done, batch in enumerate(progress, done + 1):
             enc = encoder_batch(batch, c, tokenizer.sum).to(env.device)
             with env.autocast():
-                kept_values, kept_ids, kept_mass = to_keep(
-                    encoder, summary_states(encoder, enc), tokenizer.n_ordinary, K)
+                top_values, top_ids, top_mass = top_entries(
+                    encoder, summary_states(encoder, enc), tokenizer.n_ordinary, meta["top_k"])
             index = np.arange(enc.summary_index.size(1))                       # (N,)
             real = torch.from_numpy(index).to(env.device) < enc.n[:, None]     # (B, N)
             rows = (offsets[batch.rows][:, None] + index)[real.cpu().numpy()]
-            values[rows] = kept_values[real].cpu().numpy()
-            ids[rows] = kept_ids[real].cpu().numpy()
-            mass += float(kept_mass.expand_as(real)[real].sum())
+            values[rows] = top_values[real].cpu().numpy()
+            ids[rows] = top_ids[real].cpu().numpy()
+            mass += float(top_mass.expand_as(real)[real].sum())
             if not math.isfinite(mass):
                 raise UserError(f"{args.out / 'sup.pt'}: its α hold what is no number; train it "
                                 "again, with --overwrite and a smaller --lr")
@@ -135,11 +131,31 @@ def main(argv=None):
                 common.write_json(folder / "meta.json", {**meta, **made_by, **progress_so_far})
             if interrupt.pressed and done < len(batches):
                 raise UserError(f"stopped after {done} of {len(batches)} batches and saved; go on "
-                                "with --resume")
-    print(f"{folder}: {total} latents of {len(train)} problems")
-    if total and not encoder.config.hidden_latents:
-        print(f"the top {K} hold {mass / total:.4f} of α's mass")
-        report_ecr(folder, train, c)
+                                "with the same command and --resume")
+    return mass
+
+
+# --------------------------------------------------------------------------------------- the script
+
+def main(argv=None):
+    p = common.parser(__doc__, "compress")
+    args, env = common.setup(p, "compress", argv)
+    train, = splits(args, env, ["train"])
+    common.require_same(args.out / "sup.pt", env.parent["config"], fingerprint=train.fingerprint)
+    encoder = common.build(env.parent, "encoder", env.device)
+    K = choose_top_k(args, env)
+    latents = int(count_chunks(train.s.length, args.chunk_size).sum())
+    meta = {"version": 1, "data": args.data, "cot": args.cot, "fingerprint": train.fingerprint,
+            "seed": args.seed, "chunk_size": args.chunk_size, "tokenizer": env.tokenizer.name,
+            "encoder": common.identity(env.parent["models"]["encoder"]), "top_k": K,
+            "dtype": args.dtype, "batch_size": args.batch_size, "problems": len(train),
+            "latents": latents}
+    held = common.lock(args.out)  # noqa: F841
+    mass = compress(encoder, train, meta, args, env)
+    print(f"{args.out / 'latents'}: {latents} latents of {len(train)} problems")
+    if latents and not encoder.config.hidden_latents:
+        print(f"the top {K} hold {mass / latents:.4f} of α's mass")
+        report_ecr(args.out / "latents", train, args.chunk_size)
     common.say_next("train_latent.py", args, env)
 
 

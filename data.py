@@ -5,7 +5,7 @@ A problem is a question, a chain of thought S and an answer. As tokens:
     X   = question <bot>            S = chain            Ans = <eot> #### answer <|endoftext|>
 
 Everything is tokenized once. A batch holds problems of like length and is padded to one of a few
-fixed widths, so that little is computed for padding, and torch.compile compiles a few times.
+fixed widths, so that little is computed for padding.
 """
 import functools
 import hashlib
@@ -541,11 +541,16 @@ class Problems:
 
 
 def load_split(args, split, rank=0):
-    """`load` with the flags of a script; with --renumber, "train" has so many copies more.
+    """The problems of a split, with the flags of a script: those of `load` and more splits.
 
-    Further splits: "renumbered", the training problems with numbers that no copy of them has;
-    "val", with --renumber, the same with others again; "held-out", the training problems that are
-    kept out whole, which are "val" otherwise; "easy", the easy ones of the test split.
+        train        the training problems, and with --renumber so many copies of each
+        val          training problems that are kept out whole; with --renumber the training
+                     problems instead, with numbers that no copy has
+        held-out     training problems that are kept out whole
+        renumbered   the training problems with numbers that neither a copy nor val has
+        test         the test problems
+        easy         those test problems that --easy would take
+
     args: data, data_dir, cot, seed, as_told, easy, renumber.
     """
     source = {"renumbered": "train", "held-out": "val", "easy": "test"}.get(split, split)

@@ -224,7 +224,7 @@ def test_no_position_is_beyond_the_longest_problem(c):
             assert 0 <= seq.pos.min() and seq.pos.max() < longest
             for index in (seq.predict_index, seq.summary_index):
                 assert ((0 <= index) & (index < seq.ids.size(1))).all()
-            assert seq.ids.size(1) % 8 == 0  # few widths: a compiled model is compiled few times
+            assert seq.ids.size(1) % 8 == 0
 
 
 @pytest.mark.parametrize("c", [*SIZES, 50])
