@@ -9,7 +9,7 @@ import torch
 
 import train_sup
 from conftest import VOCAB, close, random_batch, rows, tiny
-from compress import to_keep
+from compress import top_entries
 from decode import decode
 from encoder import (chunk_bags, encoder_batch, fed_hidden, insert_latents, latent_batch,
                      latents_of, llm_batch, summarize, summary_states)
@@ -81,7 +81,7 @@ def test_a_hidden_latent_is_the_hidden_state():
     alpha, z = latents_of(encoder, states, E, VOCAB.n_ordinary)
     assert torch.equal(z, states * E.std())
     assert torch.equal(alpha, summarize(encoder, enc, VOCAB.n_ordinary))
-    values, ids, _ = to_keep(encoder, states, VOCAB.n_ordinary, 16)
+    values, ids, _ = top_entries(encoder, states, VOCAB.n_ordinary, 16)
     close(values, states.float(), 0)
     encoder.requires_grad_()
     sup, _ = sup_loss(encoder, llm, enc, llm_batch(batch, 2), chunk_bags(batch, 2),
