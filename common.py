@@ -118,7 +118,7 @@ def add_training_flags(group, phase):
         add("--sft-steps", type=int, help="updates of the explicit warm-up")
     add("--eval-every", type=int, help="updates between two evaluations, which also save")
     add("--compile", action=argparse.BooleanOptionalAction,
-        help="torch.compile the training step (default: on cuda)")
+        help="torch.compile the models' blocks in training (default: on cuda)")
 
 
 def add_run_flags(group, phase):
@@ -391,10 +391,10 @@ def average_gradients(parameters, world):
 # -------------------------------------------------------------------------------------------- files
 
 def lock(out):
-    """The open file `lock` of a folder, which says that this process writes there until its end.
+    """The file `lock` of a folder, which as long as it is open says that this process writes there.
 
     Raises UserError where another one does, or the folder can't be written to. A system without
-    such locks refuses nothing.
+    such locks refuses nothing. (A lock of this kind the same process may take again.)
     """
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -500,23 +500,26 @@ def create_arrays(folder, **arrays):
     They replace a store that was there. Raises UserError where there is no room for all of them;
     then what was there before is untouched.
     """
-    parts, opened = {name: folder / f"{name}.npy.part" for name in arrays}, []
+    parts = {name: folder / f"{name}.npy.part" for name in arrays}
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        if not (folder / "meta.json").exists():  # then the old ones are nothing, and take up room
+            for name in arrays:
+                (folder / f"{name}.npy").unlink(missing_ok=True)
         for name, (dtype, shape) in arrays.items():
-            opened.append(np.lib.format.open_memmap(parts[name], "w+", dtype, shape))
+            np.lib.format.open_memmap(parts[name], "w+", dtype, shape)
             if hasattr(os, "posix_fallocate"):  # take the room now: a full disk would later kill us
                 with open(parts[name], "r+b") as file:
                     os.posix_fallocate(file.fileno(), 0, os.path.getsize(parts[name]))
         (folder / "meta.json").unlink(missing_ok=True)  # written last: without it there is no store
         for name, part in parts.items():
             os.replace(part, folder / f"{name}.npy")  # who has a link to the old one keeps it
-        return opened
     except OSError as error:
         for part in parts.values():
             with contextlib.suppress(OSError):
                 part.unlink(missing_ok=True)
         raise UserError(f"could not write {folder} ({error}); what was there before is untouched")
+    return load_arrays(folder, "r+", *arrays)
 
 
 def make_again(folder):
@@ -687,6 +690,7 @@ def compile_blocks(models, args):
     be made anew for each width, and of 12 layers that takes half a minute (LAB.md).
     """
     if args.compile:
+        torch._dynamo.config.recompile_limit = 32  # of all models and loops of a process
         for model in models:
             for block in model.h:
                 block.compile(dynamic=True)
@@ -733,12 +737,12 @@ class Run:
     def __init__(self, name, args, env, models, optimizer, problems, steps, depends=()):
         self.name, self.args, self.env, self.steps = name, args, env, steps
         self.models, self.optimizer = models, optimizer
-        self.held = lock(args.out) if env.rank == 0 else None
+        if env.rank == 0 and not hasattr(env, "held"):
+            env.held = lock(args.out)
         self.path = args.out / f"{name}.pt"
         self.state = args.out / f"{name}.state.pt"
         self.step, self.best = 0, -1.0
         self.figures, self.unread = {}, []  # of the last update that was read; of those to be read
-        self.replaced = []  # by --overwrite: files that go as soon as this run has saved something
         first = next(iter(models.values()))
         self.config = dict(env.config, fingerprint=problems.fingerprint, model=asdict(first.config),
                            updates=steps, initial_weights=identity(first.state_dict()))
@@ -746,14 +750,13 @@ class Run:
             self.restore(depends)
         elif args.resume and self.path.exists():
             self.require_little_is_lost(depends)
-        elif args.overwrite:  # what is made of this one is void, too
-            loops = (name, *self.NEXT.get(name, ()))
-            self.replaced = [args.out / f"{loop}{end}" for loop in loops
-                             for end in (".state.pt", ".pt")]
+        elif args.overwrite and env.rank == 0:  # the old model stays until there is a new one
+            self.state.unlink(missing_ok=True)
         elif not (args.resume or args.overwrite) and (self.path.exists() or self.state.exists()):
             raise UserError(f"{self.path.parent} already holds a run ({self.path.name}); go on "
                             "with --resume, start over with --overwrite, or choose another --out")
-        if env.rank == 0:
+        self.file, self.rows = None, []  # the log; its rows as long as it is not open
+        if env.rank == 0 and not args.overwrite:
             self.open_log()
         if env.world > 1:
             dist.barrier()  # all have seen what was there before the first one writes
@@ -787,9 +790,13 @@ class Run:
                             "be trained on; start over with --overwrite")
 
     def open_log(self):
-        """Rows after the last save are dropped: those updates happen again."""
+        """Rows after the last save are dropped: those updates happen again.
+
+        With --overwrite the old log stays as long as the old model does.
+        """
         path = self.args.out / f"{self.name}.jsonl"
-        rows = path.read_bytes().splitlines(True) if self.step and path.exists() else []
+        going_on = self.step and not self.args.overwrite
+        rows = path.read_bytes().splitlines(True) if going_on and path.exists() else []
         kept = []
         for row in rows:
             found = re.match(rb'{"step": (\d+),.*}\n$', row)
@@ -797,6 +804,7 @@ class Run:
                 kept.append(row)
         write(path, lambda file: file.writelines(kept))
         self.file = open(path, "a", buffering=1)
+        self.file.writelines(self.rows)
 
     def __iter__(self):
         """Yield the number of each update. What it does is a function of (seed, step) alone."""
@@ -846,21 +854,21 @@ class Run:
             self.figures = dict(zip(names, values))
             if not all(map(math.isfinite, values)):
                 found = ", ".join(f"{name} = {value}" for name, value in self.figures.items())
-                self.refuse_to_go_on(f"a figure ({found})")
+                self.refuse_to_go_on(f"a figure ({found})", step)
             self.record(step=step, **self.figures)
             self.bar.update()
             shown = {name: f"{value:.3f}" for name, value in self.figures.items()}
             self.bar.set_postfix(shown, refresh=False)
 
-    def refuse_to_go_on(self, what):
-        raise UserError(f"{what} of {self.name} is no number after {self.step} updates; nothing "
-                        "was saved since the last checkpoint, which is as it was; try a smaller "
-                        f"--lr than {self.args.lr}")
+    def refuse_to_go_on(self, what, step):
+        raise UserError(f"{what} of {self.name} is no number after {step} updates; what was saved "
+                        f"before stays as it is; try a smaller --lr than {self.args.lr}")
 
     def record(self, **row):
         if self.env.rank == 0:
             row = {k: round(v, 6) if isinstance(v, float) else v for k, v in row.items()}
-            self.file.write(json.dumps(row) + "\n")
+            line = json.dumps(row) + "\n"
+            self.file.write(line) if self.file else self.rows.append(line)
 
     @property
     def due(self):
@@ -891,14 +899,14 @@ class Run:
     def write(self, path, **content):
         models = {name: model.state_dict() for name, model in self.models.items()}
         if not all(w.isfinite().all() for weights in models.values() for w in weights.values()):
-            self.refuse_to_go_on("a weight")
-        if path in self.replaced and path != self.state:
-            self.state.unlink(missing_ok=True)  # nobody goes on from the old state to a new model
+            self.refuse_to_go_on("a weight", self.step)
         save_checkpoint(path, config=self.config, models=models, **content)
-        for file in self.replaced:
-            if file != path:
-                file.unlink(missing_ok=True)
-        self.replaced = []
+        if not self.file:
+            self.open_log()
+        if path == self.path:  # what was made of the model before is void
+            for loop in self.NEXT.get(self.name, ()):
+                for file in (f"{loop}.state.pt", f"{loop}.pt"):
+                    (self.args.out / file).unlink(missing_ok=True)
 
     def best_model(self, name):
         """The GPT that this run kept."""

@@ -15,8 +15,6 @@ At the end the effective compression rate (ECR) is printed: how many tokens of i
 the largest entries of an α. After an interruption, --resume does the rest.
 Next: train_latent.py
 """
-import math
-
 import numpy as np
 import torch
 from tqdm import tqdm
@@ -120,10 +118,10 @@ def compress(encoder, train, meta, args, env):
             rows = (offsets[batch.rows][:, None] + index)[real.cpu().numpy()]
             values[rows] = top_values[real].cpu().numpy()
             ids[rows] = top_ids[real].cpu().numpy()
+            if not np.isfinite(values[rows]).all():
+                raise UserError(f"{args.out / 'sup.pt'}: its encoder writes what is no number; "
+                                "train it again, with --overwrite and a smaller --lr")
             mass += float(top_mass.expand_as(real)[real].sum())
-            if not math.isfinite(mass):
-                raise UserError(f"{args.out / 'sup.pt'}: its α hold what is no number; train it "
-                                "again, with --overwrite and a smaller --lr")
             if done % SAVE_EVERY == 0 or done == len(batches) or interrupt.pressed:
                 values.flush()
                 ids.flush()

@@ -241,6 +241,8 @@ def gpt2_weights(name):
         torch.hub.download_url_to_file(url, str(file), sha256)  # to a temporary file first
     try:
         return torch.load(file, map_location="cpu", weights_only=True)
+    except (PermissionError, MemoryError):
+        raise
     except Exception:  # a damaged file fails in many ways
         raise ValueError(f"{file} is damaged; remove it, and it is downloaded again")
 

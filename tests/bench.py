@@ -20,6 +20,7 @@ latents, without padding. `data` is the building of batches, a Python loop over 
 the device waits for, and its share of a whole training step, which should stay under 3 %.
 """
 import json
+import math
 import resource
 import statistics
 import sys
@@ -131,7 +132,8 @@ def some_problems(tokenizer, count, args, x, s, a, scale=1):
     for _ in range(count):
         question, chain = text(*x, scale, 1, 4), text(*s, scale, 0, 2)
         rows.append(dict(question=question, chain=chain, answer=text(*a, 1, 2, 1)))
-    return Problems(rows, tokenizer, args.block_size, args.chunk_size)
+    whole = math.lcm(args.chunk_size, *AXES["chunk size"])  # the same problems for all of these
+    return Problems(rows, tokenizer, args.block_size, whole)
 
 
 def random_store(folder, problems, c, n_ordinary):

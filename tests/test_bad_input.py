@@ -371,18 +371,22 @@ def test_a_loss_that_is_no_number_saves_nothing(copy, monkeypatch, latent_kl, sa
 @pytest.mark.parametrize("fails", [True, False], ids=["no number", "in the end"])
 def test_what_overwrite_replaces_stays_until_something_is_saved(copy, monkeypatch, fails):
     files = [copy / f"{loop}{end}" for loop in ("sft", "sup") for end in (".pt", ".state.pt")]
-    before = [file.read_bytes() for file in files]
+    log = copy / "sft.jsonl"
+    models, rows = [file.read_bytes() for file in files], log.read_bytes()
     command = [*TINY, "--seed", "1", "--steps", "0", "--overwrite", "--out", str(copy)]
     if fails:
         monkeypatch.setattr(train_sup, "weighted_nll", lambda logits, *_: logits.sum() * torch.nan)
-        with pytest.raises(data.UserError, match="the last checkpoint, which is as it was"):
+        with pytest.raises(data.UserError, match="what was saved before stays"):
             train_sup.main(command)
-        assert before == [file.read_bytes() for file in files]
+        assert not files[1].exists()  # so that nobody takes it for the new run's
+        files[1].write_bytes(models[1])
+        assert models == [file.read_bytes() for file in files] and rows == log.read_bytes()
     else:
         monkeypatch.setattr(train_sup, "train_superposition", lambda *_: None)
         train_sup.main(command)
         assert common.load_checkpoint(files[0])["config"]["seed"] == 1
         assert [file.exists() for file in files] == [True, True, False, False]
+        assert log.read_bytes().count(b"\n") == rows.count(b"\n") and rows != log.read_bytes()
 
 
 def test_weights_that_are_no_numbers_are_not_saved(copy, monkeypatch):
@@ -406,7 +410,7 @@ def test_an_encoder_that_writes_no_number_makes_no_store(copy, capsys):
     saved = torch.load(copy / "sup.pt", weights_only=True)
     saved["models"]["encoder"]["wpe.weight"].fill_(torch.nan)
     torch.save(saved, copy / "sup.pt")
-    with pytest.raises(data.UserError, match="its α hold what is no number"):
+    with pytest.raises(data.UserError, match="its encoder writes what is no number"):
         compress.main(["--out", str(copy), "--overwrite"])
     assert not (copy / "latents" / "meta.json").exists()
 

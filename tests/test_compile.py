@@ -17,7 +17,7 @@ from data import Problems
 from model import GPT, GPTConfig
 
 C, BATCH, K = 2, 4, 5      # chunk size, batch size, entries of α
-LAYERS, CHANNELS = 2, 20   # CHANNELS is no width: a graph for widths of its own kind is one more
+LAYERS, CHANNELS = 3, 20   # CHANNELS is no width: a graph for widths of its own kind is one more
 STEPS, BAG_STEPS = 30, 12  # updates: five epochs; those of the bags: two
 
 

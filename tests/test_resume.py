@@ -229,6 +229,9 @@ def test_a_new_warm_up_leaves_no_old_phase_1(tmp_path, monkeypatch):
         press_once(patch, [])
         with pytest.raises(data.UserError, match="--resume in place of --overwrite"):
             train_sup.main([*longer, "--overwrite"])
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        dies_after(patch, "save", lambda run: run.name == "sft")
+        train_sup.main([*longer, "--resume"])
     assert not list(tmp_path.glob("sup*.pt"))
     train_sup.main([*longer, "--resume"])
     warm_up = common.identity(load(tmp_path / "sft.pt")["models"]["llm"])
