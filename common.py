@@ -808,7 +808,8 @@ class Run:
 
     def __iter__(self):
         """Yield the number of each update. What it does is a function of (seed, step) alone."""
-        if self.step == self.steps == 0 and self.env.rank == 0:
+        done = self.args.resume and self.path.exists()
+        if self.steps == 0 and self.env.rank == 0 and not done:
             # no update is asked for: the model that it starts from is the result
             self.write(self.path, step=0, score=0.0)
         self.bar = tqdm(total=self.steps, initial=self.step, desc=self.name, mininterval=1,

@@ -241,6 +241,18 @@ def test_a_new_warm_up_leaves_no_old_phase_1(tmp_path, monkeypatch):
         train_sup.main([*longer, "--resume"])
 
 
+def test_phase_1_goes_on_behind_a_warm_up_without_updates(tmp_path, monkeypatch):
+    command = [*TINY, "--sft-steps", "0", "--out", str(tmp_path), "--resume"]
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        dies_after(patch, "log", lambda run: run.name == "sup" and run.step == 3)
+        train_sup.main(command)
+    steps = []
+    dies_after(monkeypatch, "log", lambda run: steps.append(run.step) or True)
+    with pytest.raises(Killed):
+        train_sup.main(command)
+    assert steps == [3]  # the third update once more, as the state is that of the second
+
+
 @pytest.mark.parametrize("flags, says", [
     (["--bag", "0.5"], "bag = 0.5, here it is 1.0"),
     (["--bag-steps", "2"], "bag_steps = 2, here it is 1"),
