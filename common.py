@@ -559,7 +559,7 @@ class Store:
     def __init__(self, folder, **expected):
         if not (folder / "meta.json").exists():
             raise UserError(f"{folder}: no such store; run compress.py first, with the same --out")
-        meta = read_meta(folder, "complete", "top_k")
+        meta = read_meta(folder, "complete", "top_k", "latents")
         if not meta["complete"]:
             raise UserError(f"{folder} is unfinished; finish it with: python compress.py --resume "
                             f"--out {folder.parent}")
@@ -568,8 +568,8 @@ class Store:
         self.top_k = meta["top_k"]
         arrays = self.values, self.ids, self.offsets
         kinds = [array.dtype.kind for array in arrays]
-        if kinds != ["f", "i", "i"] or [array.ndim for array in arrays] != [2, 2, 1] or not (
-                self.values.shape == self.ids.shape == (max(1, self.offsets[-1]), self.top_k)):
+        if kinds != ["f", "i", "i"] or self.offsets.ndim != 1 or not (
+                self.values.shape == self.ids.shape == (max(1, meta["latents"]), self.top_k)):
             raise UserError(f"{folder}: its arrays do not fit each other; {make_again(folder)}")
 
     def read(self, rows, N):

@@ -7,7 +7,8 @@ to sum to 1. The folder latents in --out then holds arrays that phase 3 maps int
 
     values.npy   float32 (latents, K)   the K largest entries of each α, in falling order
     ids.npy      int32 (latents, K)     the token id of each entry
-    offsets.npy  int64 (problems + 1,)  problem r has the rows offsets[r] … offsets[r+1] - 1
+    offsets.npy  int64 (problems,)      where the rows of each problem begin; equal problems, as
+                                        --renumber makes them, share theirs
     meta.json    the data, tokenizer, encoder and chunk size that they come from; the mass that the
                  kept entries had; how many batches are done
 
@@ -64,7 +65,7 @@ def choose_top_k(args, env):
 def open_store(folder, meta, offsets, args):
     """A new store, or that of an interrupted run: (values, ids, batches done, mass kept so far).
 
-    meta is what the store must come from; offsets int64 (problems + 1,). Raises UserError where
+    meta is what the store must come from; offsets int64 (problems,). Raises UserError where
     the folder holds a store that the flags do not allow to go on or to replace.
     """
     if (folder / "meta.json").exists() and not args.overwrite:
@@ -96,29 +97,34 @@ def report_ecr(folder, train, c):
 
 # ----------------------------------------------------------------------------------------- the loop
 
-def compress(encoder, train, meta, args, env):
+def compress(encoder, train, first, meta, args, env):
     """Write the store: α of every chunk of `train`. Returns the mass that the kept entries had.
 
-    meta: what the store is made from, as it stands in meta.json.
+    first: of each problem, the first that is equal to it, which is the one that is read; meta: what
+    the store is made from, as it stands in meta.json.
     """
     folder, c, tokenizer = args.out / "latents", args.chunk_size, env.tokenizer
-    offsets = np.concatenate([[0], count_chunks(train.s.length, c).cumsum()])
+    different = first == np.arange(len(train))                                 # (R,)
+    n = count_chunks(train.s.length, c) * different                            # (R,)
+    offsets = (n.cumsum() - n)[first]                                          # (R,)
     values, ids, done, mass = open_store(folder, meta, offsets, args)
     made_by = {field: env.config[field] for field in ("commit", "torch", "python")}
-    batches = list(train.eval_batches(args.batch_size))
+    rows = train.order[different[train.order]]  # the shortest first
+    batches = [rows[i:i + args.batch_size] for i in range(0, len(rows), args.batch_size)]
     progress = tqdm(batches[done:], "compress", len(batches), initial=done)
     with torch.no_grad(), common.Interrupt() as interrupt:
-        for done, batch in enumerate(progress, done + 1):
+        for done, rows in enumerate(progress, done + 1):
+            batch = train.batch(rows, rows)
             enc = encoder_batch(batch, c, tokenizer.sum).to(env.device)
             with env.autocast():
                 top_values, top_ids, top_mass = top_entries(
                     encoder, summary_states(encoder, enc), tokenizer.n_ordinary, meta["top_k"])
             index = np.arange(enc.summary_index.size(1))                       # (N,)
             real = torch.from_numpy(index).to(env.device) < enc.n[:, None]     # (B, N)
-            rows = (offsets[batch.rows][:, None] + index)[real.cpu().numpy()]
-            values[rows] = top_values[real].cpu().numpy()
-            ids[rows] = top_ids[real].cpu().numpy()
-            if not np.isfinite(values[rows]).all():
+            index = (offsets[rows][:, None] + index)[real.cpu().numpy()]
+            values[index] = top_values[real].cpu().numpy()
+            ids[index] = top_ids[real].cpu().numpy()
+            if not np.isfinite(values[index]).all():
                 raise UserError(f"{args.out / 'sup.pt'}: its encoder writes what is no number; "
                                 "train it again, with --overwrite and a smaller --lr")
             mass += float(top_mass.expand_as(real)[real].sum())
@@ -142,15 +148,18 @@ def main(argv=None):
     common.require_same(args.out / "sup.pt", env.parent["config"], fingerprint=train.fingerprint)
     encoder = common.build(env.parent, "encoder", env.device)
     K = choose_top_k(args, env)
-    latents = int(count_chunks(train.s.length, args.chunk_size).sum())
-    meta = {"version": 1, "data": args.data, "cot": args.cot, "fingerprint": train.fingerprint,
+    first = train.first_equal()
+    different = np.unique(first)
+    latents = int(count_chunks(train.s.length[different], args.chunk_size).sum())
+    meta = {"version": 2, "data": args.data, "cot": args.cot, "fingerprint": train.fingerprint,
             "seed": args.seed, "chunk_size": args.chunk_size, "tokenizer": env.tokenizer.name,
             "encoder": common.identity(env.parent["models"]["encoder"]), "top_k": K,
             "dtype": args.dtype, "batch_size": args.batch_size, "problems": len(train),
             "latents": latents}
     held = common.lock(args.out)  # noqa: F841
-    mass = compress(encoder, train, meta, args, env)
-    print(f"{args.out / 'latents'}: {latents} latents of {len(train)} problems")
+    mass = compress(encoder, train, first, meta, args, env)
+    equal = f" ({len(different)} different ones)" if len(different) < len(train) else ""
+    print(f"{args.out / 'latents'}: {latents} latents of {len(train)} problems{equal}")
     if latents and not encoder.config.hidden_latents:
         print(f"the top {K} hold {mass / latents:.4f} of α's mass")
         report_ecr(args.out / "latents", train, args.chunk_size)

@@ -528,6 +528,15 @@ class Problems:
         rows = rows[np.argsort(self.bucket[rows], kind="stable")]
         return rng.permutation(rows.reshape(-1, size))  # (batches, size)
 
+    def first_equal(self):
+        """For each problem the first with its question and chain, int64 (R,).
+
+        It is the problem itself, but for the copies of --renumber, some of which repeat.
+        """
+        first = {}
+        keys = ((p["question"], p["chain"]) for p in self.problems)
+        return np.array([first.setdefault(key, row) for row, key in enumerate(keys)])
+
     def caps(self, c):
         """(latents, tokens) at which decoding stops: the longest chain, and some for an answer."""
         longest = int(self.s.length.max())

@@ -138,14 +138,14 @@ def some_problems(tokenizer, count, args, x, s, a, scale=1):
 
 def random_store(folder, problems, c, n_ordinary):
     """The store that phase 2 would write, with random α."""
-    offsets = np.concatenate([[0], count_chunks(problems.s.length, c).cumsum()])
-    K, total = min(50, n_ordinary), int(offsets[-1])
+    n = count_chunks(problems.s.length, c)
+    K, total = min(50, n_ordinary), int(n.sum())
     rng = np.random.default_rng(0)
     folder.mkdir()
     np.save(folder / "values.npy", rng.dirichlet([0.1] * K, total).astype(np.float32))
     np.save(folder / "ids.npy", rng.integers(0, n_ordinary, (total, K)).astype(np.int32))
-    np.save(folder / "offsets.npy", offsets)
-    common.write_json(folder / "meta.json", dict(complete=True, top_k=K))
+    np.save(folder / "offsets.npy", n.cumsum() - n)
+    common.write_json(folder / "meta.json", dict(complete=True, top_k=K, latents=total))
     return common.Store(folder)
 
 

@@ -90,8 +90,8 @@ def pipeline(call, *sup, latent=()):
 ], ids=["c=4", "ablations", "top-k", "no-sft", "bfloat16"])
 def test_flags_that_change_the_path(call, flags, latent, K):
     store = pipeline(call, *flags, latent=latent)
-    assert len(store["offsets"]) == 64 + 1
-    assert store["values"].shape == store["ids"].shape == (store["offsets"][-1], K)
+    assert len(store["offsets"]) == 64 and (np.diff(store["offsets"]) > 0).all()
+    assert store["values"].shape == store["ids"].shape and store["ids"].shape[1] == K
     np.testing.assert_allclose(store["values"].sum(1), 1, atol=1e-5)
     assert (np.diff(store["values"], axis=1) <= 0).all()
 
@@ -125,7 +125,7 @@ def test_phase_3_takes_its_steps_for_each_token_of_a_chunk(flags, c):
 
 def test_later_phases_keep_to_the_easy_problems(call, gpt2_tokenizer, tmp_path):
     store = pipeline(call, "--data", easy_file(tmp_path), "--easy", 12, "--renumber", 2)
-    assert len(store["offsets"]) == 3 * 12 + 1
+    assert len(store["offsets"]) == 3 * 12 and store["offsets"].max() < len(store["ids"])
     call("analyze", "--split", "easy", "--limit", 4, "--out", "run")
     report = json.loads(Path("run/report-easy.json").read_text("utf-8"))
     configs = report["config"].values()
@@ -158,7 +158,7 @@ def test_problems_without_a_chain_of_thought(call, gpt2_tokenizer, tmp_path):
         rows = [{"question": f"What is {i}?", "answer": f"#### {i}"} for i in range(40)]
         (tmp_path / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)))
     store = pipeline(call, "--data", tmp_path)
-    assert store["offsets"][-1] == 0
+    assert (store["offsets"] == 0).all()
     call("analyze", "--limit", 4, "--out", "run")
 
 
@@ -174,12 +174,29 @@ def test_the_store_holds_the_summaries_of_its_problems(call, toy_tokenizer):
             enc = encoder_batch(train.batch(alone, alone), c, toy_tokenizer.sum)
             alpha = summarize(encoder, enc, toy_tokenizer.n_ordinary)[0]          # (n, n_ordinary)
         values, _ = top_k_renormalized(alpha, 50)                                 # (n, K)
-        mine = slice(*store["offsets"][row:row + 2])
+        mine = slice(store["offsets"][row], store["offsets"][row] + len(alpha))
         np.testing.assert_allclose(store["values"][mine], values, atol=1e-5)
         ids = torch.from_numpy(store["ids"][mine].astype(np.int64))               # (n, K)
         theirs = alpha.gather(1, ids)                                             # (n, K)
         theirs = theirs / theirs.sum(1, keepdim=True)
         np.testing.assert_allclose(store["values"][mine], theirs, atol=1e-5)
+
+
+def test_equal_problems_share_their_place_in_the_store(call, gpt2_tokenizer, tmp_path):
+    different = [{"question": f"What is {i} + {i}?", "answer": f"<<{i}+{i}={2 * i}>> #### {2 * i}"}
+                 for i in range(40)]
+    for split in ("train", "test"):
+        lines = map(json.dumps, 3 * different)
+        (tmp_path / f"{split}.jsonl").write_text("\n".join(lines))
+    store = pipeline(call, "--data", tmp_path)
+    meta = json.loads(Path("run/latents/meta.json").read_text())
+    train = load(str(tmp_path), "train")
+    again = [row["question"] for row in train]
+    assert len(store["offsets"]) == len(train) == meta["problems"] > len(set(again))
+    places = dict(zip(again, store["offsets"]))
+    assert [places[question] for question in again] == store["offsets"].tolist()
+    assert len(set(places.values())) == len(places)
+    assert len(store["values"]) == meta["latents"]
 
 
 def test_what_contradicts_an_earlier_phase_is_refused(call):
