@@ -426,14 +426,14 @@ def test_a_store_that_finds_no_room_leaves_the_old_one(copy, monkeypatch, capsys
     refused("compress", ["--out", copy, "--overwrite"], copy, "untouched", capsys)
 
 
-@pytest.mark.parametrize("script, flags", [
-    ("train_sup", TINY), ("compress", []), ("train_latent", ["--steps", 1])])
-def test_a_folder_that_another_process_writes_to(copy, script, flags, capsys):
+def test_a_folder_that_another_process_writes_to(copy, capsys):
     code = f"import common, pathlib; held = common.lock(pathlib.Path({str(copy)!r})); input(1)"
     other = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdin=subprocess.PIPE,
                              stdout=subprocess.PIPE)
-    other.stdout.read(1)
-    refused(script, [*flags, "--overwrite", "--out", copy], copy, "another process writes", capsys)
+    other.stdout.read(1)  # it has the lock
+    scripts = {"train_sup": TINY, "compress": [], "train_latent": ["--steps", 1]}
+    for script, flags in scripts.items():
+        refused(script, [*flags, "--overwrite", "--out", copy], copy, "another process", capsys)
     other.communicate(b"\n")
     common.lock(copy)
 
