@@ -51,10 +51,10 @@ PRESETS = {
         bag_steps=200, steps={"sup": 1000, "latent": 1000},
     ),
     "easy": dict(  # of GSM8K's problems, with new numbers, on a laptop: --easy 600 --renumber 200
-        n_layer=4, n_head=8, n_embd=192, block_size=128,
+        n_layer=3, n_head=8, n_embd=192, block_size=128,
         batch_size=32, chunk_size=2, eval_every=400, noise=0.1,
         sft_steps=3200, lr={"sup": 4e-3, "latent": 4e-3},
-        bag_steps=100, steps={"sup": 900, "latent": 1500},
+        bag_steps=100, steps={"sup": 900, "latent": 1000},
     ),
 }
 SHAPE = ("n_layer", "n_head", "n_embd", "block_size")
