@@ -360,6 +360,21 @@ def start(main):
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+            leave(sys.exc_info()[1])
+
+
+def leave(error):
+    """End one of several processes at once, unless `error`, which ends it, is a fault of ours.
+
+    Python's own way out now and then aborts in a thread of PyTorch's, and a run that went well
+    would end in status 134.
+    """
+    if error is None or isinstance(error, SystemExit):
+        if error:
+            print(error, file=sys.stderr)
+        for stream in filter(None, (sys.stdout, sys.stderr)):
+            stream.flush()
+        os._exit(1 if error else 0)
 
 
 # -------------------------------------------------------------------------------- several processes
@@ -868,8 +883,8 @@ class Run:
     def record(self, **row):
         if self.env.rank == 0:
             row = {k: round(v, 6) if isinstance(v, float) else v for k, v in row.items()}
-            line = json.dumps(row) + "\n"
-            self.file.write(line) if self.file else self.rows.append(line)
+            write_row = self.file.write if self.file else self.rows.append
+            write_row(json.dumps(row) + "\n")
 
     @property
     def due(self):

@@ -23,7 +23,9 @@ TINY = ["--n-layer", "1", "--n-embd", "16", "--n-head", "2", "--batch-size", "8"
         "--sft-steps", "4", "--steps", "4", "--bag-steps", "1", "--eval-every", "2"]
 FEW = {"train": 64, "val": 8, "test": 8}
 START = f"""
-import common, data, os, sys, time, train_latent, train_sup
+import atexit, common, data, os, sys, time, train_latent, train_sup
+
+atexit.register(os.abort)  # as now and then a thread of PyTorch's does at an ordinary exit
 
 class LateRun(common.Run):
     def __init__(self, *args, **kwargs):
