@@ -156,7 +156,7 @@ def main(argv=None):
             "encoder": common.identity(env.parent["models"]["encoder"]), "top_k": K,
             "dtype": args.dtype, "batch_size": args.batch_size, "problems": len(train),
             "latents": latents}
-    held = common.lock(args.out)  # noqa: F841
+    env.held = common.lock(args.out)  # as a Run has it
     mass = compress(encoder, train, first, meta, args, env)
     equal = f" ({len(different)} different ones)" if len(different) < len(train) else ""
     print(f"{args.out / 'latents'}: {latents} latents of {len(train)} problems{equal}")
