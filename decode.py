@@ -29,35 +29,41 @@ class RowState:
     pos: int64, the position of the last vector.
     """
 
-    def __init__(self, pos, c):
+    def __init__(self, pos, c, tokenizer, max_latents, max_tokens, block_size):
         B, device = len(pos), pos.device
-        self.pos, self.c = pos, c
-        self.prompt = pos + 1  # what the first latent comes after
+        self.pos, self.c, self.tokenizer = pos, c, tokenizer
+        self.max_latents, self.max_tokens = max_latents, max_tokens
+        self.block_size = block_size
+        self.nx = pos + 1  # the first latent comes after so many positions
         self.thinking = torch.full((B,), c > 0, device=device)
         self.done = torch.zeros(B, dtype=torch.bool, device=device)
         self.capped = torch.zeros(B, dtype=torch.bool, device=device)
         self.latents = torch.zeros(B, dtype=torch.int64, device=device)
         self.written = torch.zeros(B, dtype=torch.int64, device=device)
 
-    def advance(self, token, tokenizer, max_latents, max_tokens, positions):
+    def advance(self, token):
         """Update the state by the argmax tokens, int64 (B,): (token, written), both int64 (B,).
 
         token is what the next step feeds to a row that writes text, and written what a row adds to
-        its text, -1 where nothing. A row that has taken max_latents steps gets <eot> in place of
-        its token, and then answers. A row that would need more than `positions` is cut off.
+        its text, -1 where nothing. Afterwards `thinking` are the rows that take a latent step, and
+        `latents` counts it. A row that has taken max_latents steps gets <eot> in place of its
+        token, and then answers. A row that would need more than block_size positions is cut off.
         """
-        overlong = self.thinking & (token != tokenizer.eot) & (self.latents >= max_latents)
-        token = token.masked_fill(overlong, tokenizer.eot)
-        self.thinking &= token != tokenizer.eot
+        eot, eos = self.tokenizer.eot, self.tokenizer.eos
+        overlong = self.thinking & (token != eot) & (self.latents >= self.max_latents)
+        token = token.masked_fill(overlong, eot)
+        self.thinking &= token != eot
         silent = self.thinking | self.done
         written = token.masked_fill(silent, -1)
         self.written += ~silent
-        self.done |= ~self.thinking & (token == tokenizer.eos)
-        next_latent = latent_pos(self.prompt, self.latents, self.c)
+        self.done |= ~self.thinking & (token == eos)
+        next_latent = latent_pos(self.nx, self.latents, self.c)
         self.pos = torch.where(self.thinking, next_latent, self.pos + 1)
-        stopped = ~self.done & ((self.pos >= positions) | (self.written >= max_tokens))
+        full = (self.pos >= self.block_size) | (self.written >= self.max_tokens)
+        stopped = ~self.done & full
         self.done |= stopped
         self.thinking &= ~self.done
+        self.latents += self.thinking
         self.capped |= overlong | stopped
         return token, written
 
@@ -81,14 +87,14 @@ def prefill(llm, x, pos, length, extra):
 
 
 @torch.no_grad()
-def decode(llm, tokenizer, x, pos, length, latent=0, top_k=0, max_latents=0, max_tokens=64,
+def decode(llm, tokenizer, x, pos, length, c=0, top_k=0, max_latents=0, max_tokens=64,
            on_latent=None):
     """Continue a batch of prompts greedily, as text or in latents: a Decoded.
 
     x, pos     prompts float (B, T, C), padded on the right, and their positions int64 (B, T)
     length     int64 (B,) slots of each prompt. The last one holds <bot> or a z, or <eot> where only
                the answer is to be written
-    latent     c, to think in latent tokens of c tokens each: until the argmax over the whole
+    c          the tokens of a chunk, to think in latent tokens: until the argmax over the whole
                vocabulary is <eot>, a step feeds z = Σ q[v]·E[v], q being the next-token
                distribution on the ordinary vocabulary (or its `top_k` renormalized); then the row
                writes text. 0: it writes text at once
@@ -102,15 +108,14 @@ def decode(llm, tokenizer, x, pos, length, latent=0, top_k=0, max_latents=0, max
     """
     B, T, _ = x.shape
     block = llm.config.block_size
-    steps = (max_latents if latent else 0) + max_tokens
+    steps = (max_latents if c else 0) + max_tokens
     last = pos.gather(1, (length - 1)[:, None])[:, 0]  # (B,)
     steps = max(0, min(steps, block - 1 - int(last.min())))
     hidden, cache, visible = prefill(llm, x, pos, length, steps)
-    state, out = RowState(last, latent), []
+    state = RowState(last, c, tokenizer, max_latents, max_tokens, block)
+    out = []
     for step in range(steps + 1):
-        positions = block if step < steps else 0  # after the last step no row may go on
-        token, written = state.advance(llm.head(hidden).argmax(1), tokenizer, max_latents,
-                                       max_tokens, positions)
+        token, written = state.advance(llm.head(hidden).argmax(1))
         out.append(written)
         if state.done.all():
             break
@@ -122,7 +127,6 @@ def decode(llm, tokenizer, x, pos, length, latent=0, top_k=0, max_latents=0, max
                 z = z if replaced is None else superpose(replaced, llm.wte.weight, top_k)
             z = z.to(x.dtype)
             x = torch.where(state.thinking[:, None], z, x)
-            state.latents += state.thinking
         pos = state.pos.clamp(max=block - 1)[:, None]  # (B, 1); only a done row is clamped
         hidden = llm(x[:, None], pos, visible[:, None, :T + step + 1], cache)[:, 0]  # (B, C)
     rows = torch.stack(out, 1).tolist()
@@ -221,6 +225,7 @@ def evaluate(llm, problems, env, thought, caps, encoder=None, chunk_size=1, top_
     Returns a dict: accuracy; steps, the mean of count_steps; capped and unparseable, numbers of
     problems; seconds; answers, {problem: (text, whether it is right, its ids)}.
     """
+    max_latents, max_tokens = caps
     batch_size = batch_size or 256
     if prompt is None:
         prompt = partial(question_prompt, llm, env=env)
@@ -234,7 +239,8 @@ def evaluate(llm, problems, env, thought, caps, encoder=None, chunk_size=1, top_
         with env.autocast(), torch.compiler.set_stance("force_eager"):
             x, pos, length = prompt(batch)
             out = decode(llm, env.tokenizer, x, pos, length,
-                         chunk_size if thought == "latent" else 0, top_k, *caps,
+                         c=chunk_size if thought == "latent" else 0, top_k=top_k,
+                         max_latents=max_latents, max_tokens=max_tokens,
                          on_latent=on_latent and partial(on_latent, batch))
         capped += int(out.capped.sum())
         for row, tokens, latents in zip(batch.rows.tolist(), out.tokens, out.latents.tolist()):

@@ -266,9 +266,10 @@ class Bench:
         for batch in batches:
             with self.env.autocast(), torch.compiler.set_stance("force_eager"):
                 prompt = question_prompt(self.llm, batch, self.env)
+                max_latents, max_tokens = self.caps(caps_of or batch, latent)
                 decode(self.llm, self.env.tokenizer, *prompt,
-                       self.args.chunk_size if latent else 0, 0,
-                       *self.caps(caps_of or batch, latent))
+                       c=self.args.chunk_size if latent else 0,
+                       max_latents=max_latents, max_tokens=max_tokens)
 
     def jobs(self):
         return {"sft": partial(self.train, "sft"),

@@ -121,7 +121,7 @@ def test_decoding_feeds_hidden_states_back():
     llm, x, pos, length = speaker(3)
     with_flags(llm, hidden_latents=True)
     fed = []
-    out = decode(llm, VOCAB, x, pos, length, latent=2, max_latents=3, max_tokens=1,
+    out = decode(llm, VOCAB, x, pos, length, c=2, max_latents=3, max_tokens=1,
                  on_latent=lambda step, q, z, active: fed.append((z, active)))
     for b, n in enumerate(length):
         one, at = x[b, :n], list(range(n))

@@ -14,7 +14,7 @@ from encoder import ordinary_softmax, pad, superpose
 from test_encoder import embed, positions, summaries
 
 
-def decode_one(llm, x, pos=None, latent=0, top_k=0, max_latents=0, max_tokens=64):
+def decode_one(llm, x, pos=None, c=0, top_k=0, max_latents=0, max_tokens=64):
     """One prompt x (T, C), no cache: (ids written, latent steps, was a cap met).
 
     pos: its positions, a list; by default 0, 1, …
@@ -24,18 +24,18 @@ def decode_one(llm, x, pos=None, latent=0, top_k=0, max_latents=0, max_tokens=64
     while True:
         logits = llm.head(llm(x[None], torch.tensor([pos])))[0, -1]
         token = int(logits.argmax())
-        if latent and token != VOCAB.eot and latents == max_latents:
+        if c and token != VOCAB.eot and latents == max_latents:
             token = VOCAB.eot
             capped = True
-        latent = 0 if token == VOCAB.eot else latent
-        if not latent:
+        c = 0 if token == VOCAB.eot else c
+        if not c:
             written.append(token)
             if token == VOCAB.eos:
                 return written[:-1], latents, capped
-        pos.append(pos[-1] + (latent or 1))
+        pos.append(pos[-1] + (c or 1))
         if len(written) == max_tokens or pos[-1] >= llm.config.block_size:
             return written, latents, True
-        if latent:
+        if c:
             latents += 1
             alpha = ordinary_softmax(logits, VOCAB.n_ordinary)
             fed = superpose(alpha, llm.wte.weight, top_k)
@@ -63,12 +63,12 @@ def speaker(seed, B=8):
 @pytest.mark.parametrize("how", [
     dict(),
     dict(max_tokens=3),
-    dict(latent=1, max_latents=30),
-    dict(latent=2, max_latents=30),
-    dict(latent=2, max_latents=30, top_k=3),
-    dict(latent=4, max_latents=4, max_tokens=4),
-    dict(latent=2, max_latents=0),
-    dict(latent=3, max_latents=200),
+    dict(c=1, max_latents=30),
+    dict(c=2, max_latents=30),
+    dict(c=2, max_latents=30, top_k=3),
+    dict(c=4, max_latents=4, max_tokens=4),
+    dict(c=2, max_latents=0),
+    dict(c=3, max_latents=200),
 ], ids=str)
 def test_batched_and_cached_equals_one_by_one(how):
     """Rows stop by themselves, meet a cap, or run out of positions, each at its own step."""
@@ -143,12 +143,12 @@ def test_a_chain_is_cut_where_the_model_ends(c):
 def test_a_q_that_is_returned_is_fed_in_place_of_the_models_own():
     """Fed its own q it decodes as before; fed a token's, as if that token had been written."""
     llm, x, pos, length = speaker(3)
-    own = decode(llm, VOCAB, x, pos, length, latent=2, max_latents=6)
-    same = decode(llm, VOCAB, x, pos, length, latent=2, max_latents=6,
+    own = decode(llm, VOCAB, x, pos, length, c=2, max_latents=6)
+    same = decode(llm, VOCAB, x, pos, length, c=2, max_latents=6,
                   on_latent=lambda step, q, z, rows: q)
     assert same.tokens == own.tokens
     one_hot = torch.eye(VOCAB.n_ordinary)[5].expand(len(x), -1)
-    forced = decode(llm, VOCAB, x, pos, length, latent=2, max_latents=1,
+    forced = decode(llm, VOCAB, x, pos, length, c=2, max_latents=1,
                     on_latent=lambda step, q, z, rows: one_hot)
     for b in (forced.latents == 1).nonzero()[:, 0].tolist():
         prompt = torch.cat([x[b, :length[b]], embed(llm, [5, VOCAB.eot])])
@@ -172,7 +172,7 @@ def test_latent_steps_can_be_watched(c):
         steps.append(step)
         seen.add_(rows)
 
-    out = decode(llm, VOCAB, x, pos, length, latent=c, max_latents=30, on_latent=on_latent)
+    out = decode(llm, VOCAB, x, pos, length, c=c, max_latents=30, on_latent=on_latent)
     assert torch.equal(seen, out.latents)
     assert c == 2 or any(not text for text in out.tokens)
     assert len(set(seen.tolist())) > 1
@@ -183,7 +183,7 @@ def test_decoding_encodes_nothing_again():
     llm, x, pos, length = speaker(0)
     fed = []
     llm.register_forward_pre_hook(lambda module, args: fed.append(args[0].size(1)))
-    decode(llm, VOCAB, x, pos, length, latent=2, max_latents=5, max_tokens=9)
+    decode(llm, VOCAB, x, pos, length, c=2, max_latents=5, max_tokens=9)
     assert fed == [x.size(1)] + [1] * (5 + 9 - 1)
 
 
@@ -206,7 +206,7 @@ def test_a_split_is_scored(monkeypatch, toy_tokenizer, batch_size):
     problems = Problems([{"question": question, "chain": "12 34 56", "answer": answer}
                          for question, answer in zip(WRITTEN, ANSWERS)], t, block_size=64)
 
-    def canned(llm, tokenizer, x, pos, length, latent, top_k, max_latents, max_tokens, on_latent):
+    def canned(llm, tokenizer, x, pos, length, c, top_k, max_latents, max_tokens, on_latent):
         tokens, latents = [], []
         for question, n in zip(x.tolist(), length.tolist()):
             text = WRITTEN[t.decode(question[:n - 1])][0]
