@@ -41,7 +41,7 @@ import torch
 
 import common
 from data import Problems, UserError, known_paths, splits, to_number
-from encoder import chunk_bags, count_chunks, pad, split_chunks
+from encoder import chunk_tokens, count_chunks, pad, split_chunks
 from metrics import (ERRORS, chain_shape, covered_spans, effective_paths, error_type, mean,
                      measure_ecr, span_mass, span_shares, spans, token_mass, wilson)
 from probes import (FEW, RECORDED, Setting, decode_after_latents, decode_after_prefixes,
@@ -133,12 +133,14 @@ def path_chunks(paths, tokenizer, c):
     return pad(tokens, N * c, value=-1).view(-1, N, c)  # (R, chunks, c)
 
 
-def measure_collapse(setting, llm, top_k, paths):
+def measure_collapse(setting, llm, latents, top_k, paths):
     """The accuracy of the latent model when each z, as it is fed back, holds less than its own q.
 
-    paths: for each problem the texts of its known paths; a chain is forced along the first or last.
+    latents: its own chains, with their answers; paths: for each problem the texts of its known
+    paths; a chain is forced along the first or last.
     """
-    found = {"own": decode_split(setting, llm, "latent", top_k=top_k)}
+    right = sum(right for _, right, _ in latents.answers.values())
+    found = {"own": {"accuracy": right / setting.R}}
     for name, k in (("top 1", 1), ("top c", setting.c)):
         found[name] = decode_split(setting, llm, "latent", top_k=k)
     for name, m in (("first path", 0), ("last path", -1)):
@@ -197,7 +199,7 @@ def paths_of_next_problems(token_paths):
     return found
 
 
-def follow_paths(latents, rows, token_paths, c, orders):
+def score_paths(latents, rows, token_paths, c, orders=False):
     """[N_eff (R,), covered (R,)] of those problems `rows` that have any latent, as in metrics.py.
 
     With orders, [mass (R, M, N), leading (R, N), effective (R, N)] of the same problems as well.
@@ -230,19 +232,18 @@ def measure_parallelism(chains, paths, tokenizer, c, orders):
     if len(rows) < 2:
         return None
     own = [[tokenizer.encode(path) for path in paths[r]] for r in rows]
-    random = paths_of_next_problems(own)
+    others = paths_of_next_problems(own)
     rows, count = torch.tensor(rows), torch.tensor([len(known) for known in own])
     section = {"problems": len(rows), "paths": mean(count), "orders": {} if orders else None}
     for whose, latents in chains.items():
-        section[whose] = {}
-        for suffix, token_paths in (("_random", random), ("", own)):
-            n_eff, covered, *by_order = follow_paths(
-                latents, rows, token_paths, c, orders and token_paths is own)
-            section[whose] |= {"n_eff" + suffix: mean(n_eff),
-                               "above_1.7" + suffix: mean(n_eff > 1.7),
-                               "covered" + suffix: mean(covered)}
+        n_eff, covered, *by_order = score_paths(latents, rows, own, c, orders)
+        n_eff_random, covered_random = score_paths(latents, rows, others, c)
+        section[whose] = {
+            "n_eff": mean(n_eff), "n_eff_random": mean(n_eff_random),
+            "above_1.7": mean(n_eff > 1.7), "above_1.7_random": mean(n_eff_random > 1.7),
+            "covered": mean(covered), "covered_random": mean(covered_random)}
         if orders:
-            mass, leading, effective = by_order  # of the problems' own paths, which come last
+            mass, leading, effective = by_order
             section["orders"][whose] = {
                 "mass": [[mean(x) for x in order.T] for order in mass.unbind(1)],
                 "leading": [mean(x) for x in leading.T],
@@ -311,7 +312,7 @@ def ask(args, env, llm, caps, top_k):
     print(latents.answers[0][0].removeprefix("<eot>"))
 
 
-def pictures(setting, chains, bag):
+def pictures(setting, chains, chunks):
     """As HTML, the first problems that the latent model solved, then those that it did not."""
     answers = chains["latent"].answers
     solved = [row for row in range(setting.R) if answers[row][1]]
@@ -322,7 +323,7 @@ def pictures(setting, chains, bag):
         strips = {}
         for whose, latents in chains.items():
             n = latents.n[row]
-            strips[whose] = strip(latents.values[row, :n], latents.ids[row, :n], bag[row],
+            strips[whose] = strip(latents.values[row, :n], latents.ids[row, :n], chunks[row],
                                   setting.env.tokenizer)
         html.append(picture(setting.problems.problems[row], text.removeprefix("<eot>"), right,
                             strips, unfold=not html))
@@ -357,18 +358,19 @@ def measure(setting, checkpoints, paths, top_k, seed):
     report = measure_ways(setting, checkpoints, encoder, top_k)
     chains = {"encoder": record_summaries(setting, phase1_llm, encoder, top_k["gold"]),
               "latent": record_latents(setting, llm, top_k["latent"])}
-    bag = chunk_bags(setting.problems.batch(np.arange(R), np.arange(R)), c)  # (R, chunks, c)
+    rows = np.arange(R)
+    chunks = chunk_tokens(setting.problems.batch(rows, rows), c)  # (R, chunks, c)
     ks = sorted({*KS, c})
-    ecr = {whose: measure_ecr(chain.ids, chain.n, bag, ks) for whose, chain in chains.items()}
+    ecr = {whose: measure_ecr(chain.ids, chain.n, chunks, ks) for whose, chain in chains.items()}
     report |= {"problems": R,
                "controls": measure_controls(setting, llm, chains["latent"], seed),
                "collapse": None if hidden else
-               measure_collapse(setting, llm, top_k["latent"], paths),
+               measure_collapse(setting, llm, chains["latent"], top_k["latent"], paths),
                "continuation": measure_continuation(setting, phase1_llm, chains["encoder"]),
                "ecr": {"K": ks, **ecr},
                "parallelism": measure_parallelism(chains, paths, env.tokenizer, c, orders),
                "shape": measure_shape(llm, env.tokenizer.n_ordinary, chains)}
-    return report, chains, bag
+    return report, chains, chunks
 
 
 def main(argv=None):
@@ -395,13 +397,13 @@ def main(argv=None):
     # measure
     R = min(len(test), args.limit or len(test))
     setting = Setting(test, R, args.chunk_size, caps, args.batch_size, env)
-    report, chains, bag = measure(setting, checkpoints, paths, top_k, args.seed)
+    report, chains, chunks = measure(setting, checkpoints, paths, top_k, args.seed)
     configs = {file: checkpoint["config"] for file, checkpoint in checkpoints.items()}
     report["curves"] = common.read_curves(args.out)
 
     # write
     report = rounded(report) | {"config": {"analyze": env.config, **configs}}  # flags as they are
-    html = page(report, pictures(setting, chains, bag))
+    html = page(report, pictures(setting, chains, chunks))
     html = html.encode("utf-8", "replace")  # a question may hold half of a character
     path = args.out / ("report" if args.split == "test" else f"report-{args.split}")
     common.write_json(path.with_suffix(".json"), report)

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 import common
 from data import UserError, splits
-from encoder import chunk_bags, count_chunks, encoder_batch, ordinary_softmax, summary_states
+from encoder import chunk_tokens, count_chunks, encoder_batch, ordinary_softmax, summary_states
 from metrics import measure_ecr
 
 SAVE_EVERY = 20  # batches between two saves
@@ -38,7 +38,8 @@ def top_entries(encoder, hidden, n_ordinary, K):
     what they summed to before. Ablation hidden_latents: the hidden state itself, no ids.
     """
     if encoder.config.hidden_latents:
-        return hidden.float(), torch.zeros_like(hidden, dtype=torch.int64), hidden.new_ones(1, 1)
+        no_ids = torch.zeros_like(hidden, dtype=torch.int64)
+        return hidden.float(), no_ids, hidden.new_ones(hidden.shape[:2])
     values, ids = ordinary_softmax(encoder.head(hidden), n_ordinary).topk(K)   # (B, N, K)
     mass = values.sum(2)                                                       # (B, N)
     return values / mass[:, :, None], ids, mass
@@ -47,16 +48,20 @@ def top_entries(encoder, hidden, n_ordinary, K):
 def choose_top_k(args, env):
     """K: --top-k, or that of phase 1, or 50; 0 is the whole ordinary vocabulary.
 
-    Raises UserError where phase 1 made its z from a top-k and K is another one.
+    Raises UserError where phase 1 made its z from a top-k and K is another one, and where a hidden
+    state, which is kept whole, is to be cut.
     """
+    model, vocabulary = env.parent["config"]["model"], env.tokenizer.n_ordinary
+    if model["hidden_latents"]:
+        if args.top_k:
+            raise UserError(f"--top-k {args.top_k}: a hidden state has no entries to choose from; "
+                            "leave it out")
+        return model["n_embd"]  # a channel an entry
     phase1 = env.parent["config"]["top_k"]
     K = args.top_k if args.top_k is not None else phase1 or 50
     if phase1 not in (0, K):
         raise UserError(f"--top-k {K} contradicts {args.out}/sup.pt, whose z were made with "
                         f"{phase1}")
-    model, vocabulary = env.parent["config"]["model"], env.tokenizer.n_ordinary
-    if model["hidden_latents"]:
-        return model["n_embd"]  # a hidden state is kept whole, a channel an entry
     return min(K or vocabulary, vocabulary)
 
 
@@ -86,10 +91,10 @@ def open_store(folder, meta, offsets, args):
 def report_ecr(folder, train, c):
     """Print the ECR at K = c: how many of a chunk's tokens are among the top c of its α."""
     rows = np.arange(min(SAMPLE, len(train)))
-    bag = chunk_bags(train.batch(rows, rows), c)                          # (R, N, c)
+    chunks = chunk_tokens(train.batch(rows, rows), c)                     # (R, N, c)
     n = torch.from_numpy(count_chunks(train.s.length[rows], c))           # (R,)
-    _, ids = common.Store(folder).read(rows, bag.size(1))                 # (R, N, K)
-    rate = measure_ecr(ids, n, bag, [c])
+    _, ids = common.Store(folder).read(rows, chunks.size(1))              # (R, N, K)
+    rate = measure_ecr(ids, n, chunks, [c])
     print(f"of a chunk's {c} tokens, {rate['own'][0]:.2f} are among the top {c} of its α; "
           f"{rate['chance'][0]:.2f} of another problem's; {rate['maximum'][0]:.2f} is the most "
           "there can be")
@@ -104,12 +109,12 @@ def compress(encoder, train, first, meta, args, env):
     the store is made from, as it stands in meta.json.
     """
     folder, c, tokenizer = args.out / "latents", args.chunk_size, env.tokenizer
-    different = first == np.arange(len(train))                                 # (R,)
-    n = count_chunks(train.s.length, c) * different                            # (R,)
+    is_first = first == np.arange(len(train))                                  # (R,)
+    n = count_chunks(train.s.length, c) * is_first                             # (R,)
     offsets = (n.cumsum() - n)[first]                                          # (R,)
     values, ids, done, mass = open_store(folder, meta, offsets, args)
     made_by = {field: env.config[field] for field in ("commit", "torch", "python")}
-    rows = train.order[different[train.order]]  # the shortest first
+    rows = train.order[is_first[train.order]]  # the shortest first
     batches = [rows[i:i + args.batch_size] for i in range(0, len(rows), args.batch_size)]
     progress = tqdm(batches[done:], "compress", len(batches), initial=done)
     with torch.no_grad(), common.Interrupt() as interrupt:
@@ -125,9 +130,9 @@ def compress(encoder, train, first, meta, args, env):
             values[index] = top_values[real].cpu().numpy()
             ids[index] = top_ids[real].cpu().numpy()
             if not np.isfinite(values[index]).all():
-                raise UserError(f"{args.out / 'sup.pt'}: its encoder writes what is no number; "
-                                "train it again, with --overwrite and a smaller --lr")
-            mass += float(top_mass.expand_as(real)[real].sum())
+                raise UserError(f"{args.out / 'sup.pt'}: its encoder gives values that are not "
+                                "finite; train it again, with --overwrite and a smaller --lr")
+            mass += float(top_mass[real].sum())
             if done % SAVE_EVERY == 0 or done == len(batches) or interrupt.pressed:
                 values.flush()
                 ids.flush()
@@ -156,7 +161,7 @@ def main(argv=None):
             "encoder": common.identity(env.parent["models"]["encoder"]), "top_k": K,
             "dtype": args.dtype, "batch_size": args.batch_size, "problems": len(train),
             "latents": latents}
-    env.held = common.lock(args.out)  # as a Run has it
+    env.held = common.lock(args.out)  # held as long as env lives; a Run of a training has one too
     mass = compress(encoder, train, first, meta, args, env)
     equal = f" ({len(different)} different ones)" if len(different) < len(train) else ""
     print(f"{args.out / 'latents'}: {latents} latents of {len(train)} problems{equal}")

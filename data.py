@@ -430,7 +430,8 @@ class Ragged:
     def __init__(self, rows):
         self.length = np.array([len(row) for row in rows], dtype=np.int64)
         self.start = np.concatenate([[0], self.length.cumsum()])
-        self.flat = np.array([token for row in rows for token in row] + [0], dtype=np.int32)
+        tokens = [token for row in rows for token in row]
+        self.flat = np.array(tokens + [0], dtype=np.int32)  # never empty; the 0 is in no row
 
     def __getitem__(self, row):
         return self.flat[self.start[row]:self.start[row + 1]].tolist()

@@ -11,8 +11,8 @@ from typing import NamedTuple
 import torch
 
 from data import to_number
-from encoder import (Sequence, count_chunks, encoder_batch, insert_latents, latent_pos, latents_of,
-                     pad, summary_states, superpose)
+from encoder import (Sequence, alpha_and_latent, count_chunks, encoder_batch, insert_latents,
+                     latent_pos, pad, summary_states, superpose)
 from model import KVCache
 
 
@@ -121,7 +121,7 @@ def decode(llm, tokenizer, x, pos, length, c=0, top_k=0, max_latents=0, max_toke
             break
         x = llm.wte(token)  # (B, C)
         if state.thinking.any():
-            q, z = latents_of(llm, hidden, llm.wte.weight, tokenizer.n_ordinary, top_k)
+            q, z = alpha_and_latent(llm, hidden, llm.wte.weight, tokenizer.n_ordinary, top_k)
             if on_latent:
                 replaced = on_latent(step, q, z, state.thinking)
                 z = z if replaced is None else superpose(replaced, llm.wte.weight, top_k)
@@ -176,7 +176,7 @@ def summaries(llm, encoder, batch, env, c, top_k):
     """
     layout = encoder_batch(batch, c, env.tokenizer.sum).to(env.device)
     hidden = summary_states(encoder, layout)  # (B, N, C)
-    alpha, z = latents_of(encoder, hidden, llm.wte.weight, env.tokenizer.n_ordinary, top_k)
+    alpha, z = alpha_and_latent(encoder, hidden, llm.wte.weight, env.tokenizer.n_ordinary, top_k)
     return alpha, z, layout.n.cpu().numpy()
 
 

@@ -14,7 +14,7 @@ masks, then to α and z.
 
     n = latent tokens of one problem, at most N in a batch; the other letters are those of model.py
 """
-from itertools import chain
+import itertools
 from typing import NamedTuple
 
 import numpy as np
@@ -39,7 +39,8 @@ class Sequence:
         self.predict_index = []  # slots whose logits predict a token: the slot before it,
         self.target = []         # that token,
         self.loss_weight = []    # and the weight of its −log p
-        self.summary_index = []  # slots whose logits give α_i: L_i, or the slot before z_i
+        self.summary_index = []  # slots whose logits give α_i: L_i in the encoder's sequence; in
+                                 # the LLM's the slot before z_i, which phase 3 alone asks for
         self.add_text(question, pos=0)
 
     def add_text(self, tokens, pos, segment=0, loss_weight=0.0):
@@ -129,23 +130,23 @@ def llm_layout(question, chunks, answer, c, follow=None, follow_weight=1.0):
     """
     row = Sequence(question)
     nx, n = len(question), len(chunks)
+    parts = [*chunks, answer]
     if n == 0:
-        row.add_text(answer, pos=nx, segment=1, loss_weight=1 / len(answer))
+        row.add_text(answer, nx, segment=1, loss_weight=1 / len(answer))
     elif follow == -1:
-        text = sum(chunks, []) + answer
-        row.add_text(text, pos=nx, segment=n + 1, loss_weight=follow_weight / len(text))
+        text = sum(parts, [])
+        row.add_text(text, nx, segment=n + 1, loss_weight=follow_weight / len(text))
     for i in range(n):
-        pos, segment = latent_pos(nx, i, c), i + 1
-        row.add_latent(i, pos)
-        text = chunks[i + 1] if i + 1 < n else answer
+        pos, text = latent_pos(nx, i, c), parts[i + 1]
         loss_weight = 1 / (n * len(text))
+        row.add_latent(i, pos)
         if i != follow:
-            row.add_text(text, pos + 1, segment, loss_weight)
-            continue
-        rest = sum(chunks[i + 2:], []) + answer if i + 1 < n else []
-        followed = follow_weight / (len(text) + len(rest))
-        row.add_text(text, pos + 1, segment=n + 1, loss_weight=loss_weight + followed)
-        row.add_text(rest, pos + 1 + len(text), segment=n + 1, loss_weight=followed)
+            row.add_text(text, pos + 1, segment=i + 1, loss_weight=loss_weight)
+        else:
+            rest = sum(parts[i + 2:], [])
+            followed = follow_weight / (len(text) + len(rest))
+            row.add_text(text, pos + 1, segment=n + 1, loss_weight=loss_weight + followed)
+            row.add_text(rest, pos + 1 + len(text), segment=n + 1, loss_weight=followed)
     return row
 
 
@@ -201,7 +202,7 @@ def pad(rows, width, value=0, dtype=np.int64):
     length = np.array([len(row) for row in rows])
     real = np.arange(width) < length[:, None]                       # (B, width)
     out = np.full((len(rows), width), value, dtype)
-    out[real] = np.fromiter(chain.from_iterable(rows), dtype, length.sum())
+    out[real] = np.fromiter(itertools.chain.from_iterable(rows), dtype, length.sum())
     return torch.from_numpy(out)
 
 
@@ -222,9 +223,12 @@ def collate(rows, T, P=1, N=1):
 
 # Each of the next four functions lays out the problems of a data.Batch, with c tokens in a chunk,
 # and returns a Layout. A problem p has the token lists p.question (X <bot>), p.chain (S) and
-# p.answer (<eot> Ans). A batch is padded to what the longest of all problems needs that it may be
-# made of, so that only a few widths occur: x, s and a are int arrays with the token counts of these
-# problems, and n the numbers of their chunks.
+# p.answer (<eot> Ans).
+#
+# A batch is not padded to its own longest problem, but to the longest of the bucket it is drawn
+# from, so that a loop has a few widths only, and all processes the same one: x, s and a, of
+# batch.lengths, are int arrays with the token counts of all problems up to that bucket, and n has
+# the numbers of their chunks.
 
 def encoder_batch(batch, c, sum_id):
     x, s, _ = batch.lengths
@@ -262,21 +266,21 @@ def explicit_batch(batch):
 
 # ------------------------------------------------------------- what phase 1 draws and compares with
 
-def draw_chunk(batch, c, seed, step, rank=0, world=1, from_start=0.0):
-    """For each problem at random the last chunk that is read as a latent: an int64 array (B,).
+def draw_followed(batch, c, seed, step, rank=0, world=1, from_start=0.0):
+    """For each problem at random the k of llm_layout's `follow`: an int64 array (B,).
 
-    With probability `from_start` it is −1 (no chunk is read), otherwise one of −1 … n−1, all
-    equally likely. The random numbers are a function of (seed, step), so that a resumed run draws
-    the same; process `rank` of `world` takes those of its own problems.
+    It is −1 with probability `from_start`, otherwise one of −1 … n−1, all equally likely. The
+    random numbers are a function of (seed, step), so that a resumed run draws the same; process
+    `rank` of `world` takes those of its own problems.
     """
     n = np.array([count_chunks(len(p.chain), c) for p in batch.problems])
-    rng = np.random.default_rng([seed, step, 1])
+    rng = np.random.default_rng([seed, step, 1])  # 1: apart from the other draws of a step
     u = rng.random((2, len(n) * world))[:, rank::world]
-    chunk = (u[0] * (n + 1)).astype(np.int64) - 1
-    return np.where(u[1] < from_start, -1, chunk)
+    k = (u[0] * (n + 1)).astype(np.int64) - 1
+    return np.where(u[1] < from_start, -1, k)
 
 
-def chunk_bags(batch, c):
+def chunk_tokens(batch, c):
     """Each chunk's tokens, for losses.bag_kl: int64 (B, N, c), -1 past the chunk's end.
 
     Where the longest chain of the bucket is shorter than c, its length takes the place of c.
@@ -406,18 +410,22 @@ def summarize(encoder, layout, n_ordinary):
     return ordinary_softmax(encoder.head(summary_states(encoder, layout)), n_ordinary)
 
 
-def latents_of(model, hidden, E, n_ordinary, k=0):
+def alpha_and_latent(model, hidden, E, n_ordinary, top_k=0):
     """(α float32 (..., n_ordinary), z (..., C)) of a model's hidden states (..., C).
 
-    The model is the encoder, or the LLM that thinks; E are the embeddings of the LLM that reads z.
-    Ablation `hidden_latents`: z is the hidden state itself.
+    The model is the encoder, or the LLM that thinks; E are the embeddings of the LLM that reads z,
+    which is made of all α or of its `top_k` entries. Ablation `hidden_latents`: z is the hidden
+    state itself.
     """
     alpha = ordinary_softmax(model.head(hidden), n_ordinary)
     if model.config.hidden_latents:
-        return alpha, fed_hidden(hidden, E)
-    return alpha, superpose(alpha, E, k)
+        return alpha, hidden_as_input(hidden, E)
+    return alpha, superpose(alpha, E, top_k)
 
 
-def fed_hidden(hidden, E):
-    """A hidden state as an input vector: it is large, and gets the size of an embedding."""
+def hidden_as_input(hidden, E):
+    """A hidden state, scaled to be read like an embedding.
+
+    It comes from a LayerNorm, so that its entries are about 1 in size; those of E about E.std().
+    """
     return hidden * E.std().detach()

@@ -20,6 +20,12 @@ import torch
 import torch.nn.functional as F
 
 
+def mean_over_latents(loss, n):
+    """The mean of loss (B, N) over a row's n latents, then over the batch; n (B,)."""
+    real = torch.arange(loss.size(1), device=loss.device) < n[:, None]         # (B, N)
+    return (loss.where(real, 0).sum(1) / n.clamp(min=1)).mean()
+
+
 def weighted_nll(logits, target, weight):
     """Σ weight · −log p(target) in each row, mean over the batch.
 
@@ -32,15 +38,16 @@ def weighted_nll(logits, target, weight):
     return (nll * weight.flatten()).sum() / len(target)
 
 
-def bag_kl(alpha, bag, n):
-    """KL(bag_i ‖ α_i), bag_i the distribution of a token drawn from chunk i.
+def bag_kl(alpha, chunks, n):
+    """KL(bag_i ‖ α_i), mean over a row's n latents and the batch.
 
-    alpha (B, N, n_ordinary); bag int64 (B, N, c): the chunks, -1 past their ends; n (B,).
+    bag_i is the distribution of a token drawn from chunk i. alpha (B, N, n_ordinary); chunks int64
+    (B, N, c): the tokens, -1 past a chunk's end, from `encoder.chunk_tokens`; n (B,).
     """
-    real = bag >= 0                                                            # (B, N, c)
+    real = chunks >= 0                                                         # (B, N, c)
     size = real.sum(2).clamp(min=1)                                            # (B, N)
-    log_alpha = alpha.gather(2, bag.clamp(min=0)).clamp(min=1e-9).log()        # (B, N, c)
-    count = (bag[:, :, :, None] == bag[:, :, None, :]).sum(3)                  # (B, N, c)
+    log_alpha = alpha.gather(2, chunks.clamp(min=0)).clamp(min=1e-9).log()     # (B, N, c)
+    count = (chunks[:, :, :, None] == chunks[:, :, None, :]).sum(3)            # (B, N, c)
     log_bag = (count / size[:, :, None]).log()                                 # (B, N, c)
     # Σ_v bag[v] · … is the mean of … over the chunk's tokens, each as often as it stands there
     kl = (log_bag - log_alpha).where(real, 0).sum(2) / size                    # (B, N)
@@ -49,7 +56,7 @@ def bag_kl(alpha, bag, n):
 
 def gumbel_noise(seed, step, shape, scale=1.0):
     """scale · Gumbel(0, 1), float32: a function of (seed, step), so that resuming repeats it."""
-    rng = np.random.default_rng([seed, step, 3])
+    rng = np.random.default_rng([seed, step, 3])  # 3: apart from the other draws of a step
     return torch.from_numpy(scale * rng.gumbel(size=shape).astype(np.float32))
 
 
@@ -81,18 +88,11 @@ def latent_mse(hidden, target, n):
     return mean_over_latents((hidden.float() - target).square().mean(2), n)
 
 
-def latent_goes_on(logits, end, n):
+def eot_penalty(logits, eot, n):
     """Ablation `hidden_latents`: −log(1 − q[<eot>]), mean over a row's n latents and the batch.
 
-    logits (B, N, V) of q; end int64 (B, 1): the id of <eot>; n (B,).
+    logits (B, N, V) of q; eot int64 (1,): its id; n (B,).
     """
     logits = logits.float()
-    index = end[:, None].expand(-1, logits.size(1), -1)                        # (B, N, 1)
-    others = logits.scatter(2, index, -torch.inf)                              # (B, N, V)
+    others = logits.index_fill(2, eot, -torch.inf)                             # (B, N, V)
     return mean_over_latents(logits.logsumexp(2) - others.logsumexp(2), n)
-
-
-def mean_over_latents(loss, n):
-    """The mean of loss (B, N) over a row's n latents, then over the batch; n (B,)."""
-    real = torch.arange(loss.size(1), device=loss.device) < n[:, None]         # (B, N)
-    return (loss.where(real, 0).sum(1) / n.clamp(min=1)).mean()

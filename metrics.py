@@ -26,8 +26,8 @@ from data import to_number
 from encoder import count_chunks
 from renumber import ALWAYS, NUMBER, PERCENT, constants_of, is_arithmetic, value_of
 
-FLOOR = 1e-6  # the mass of a span that has none of the kept entries; its logarithm is taken
-COVER = 0.03  # a span is covered where each token has as much; one of four alone has 0.25
+FLOOR = 1e-6  # the mass of a span at least, since its logarithm is taken
+COVER = 0.03  # a span is covered where each of its tokens has as much of α
 
 
 # ----------------------------------------------------------------------------------- small things
@@ -48,58 +48,58 @@ def mean(x):
 
 # ---------------------------------------------------------------- ECR: effective compression rate
 
-def ecr(ids, bag, real, ks):
+def ecr(ids, chunks, real, ks):
     """ECR@K: how many tokens of S_i are among the top K of α_i, mean over latents.
 
-    ids   int (R, N, K): α's largest entries in falling order
-    bag   int (R, N, c): the chunks' tokens, -1 past their ends (`encoder.chunk_bags`)
-    real  bool (R, N): the latents that count
-    ks    the values of K
+    ids     int (R, N, K): α's largest entries in falling order
+    chunks  int (R, N, c): the tokens of each, -1 past its end, from `encoder.chunk_tokens`
+    real    bool (R, N): the latents that count
+    ks      the values of K
     Returns a list of floats, one for each of ks; NaN where no latent counts.
     """
-    match = ids[:, :, None, :] == bag[:, :, :, None]                   # (R, N, c, K)
-    match &= (bag >= 0)[:, :, :, None]
-    match = match[real]                                                # (latents, c, K)
+    match = ids[:, :, None, :] == chunks[:, :, :, None]            # (R, N, c, K)
+    match &= (chunks >= 0)[:, :, :, None]
+    match = match[real]                                            # (latents, c, K)
     return [match[:, :, :k].any(2).sum(1).double().mean().item() for k in ks]
 
 
-def chunks_of_previous_problem(bag):
+def chunks_of_previous_problem(chunks):
     """For problem r the chunks of problem r - 1, repeated from the first where there are too few.
 
-    bag int (R, N, c) -> int (R, N, c).
+    chunks int (R, N, c) -> int (R, N, c).
     """
-    _, N, c = bag.shape
-    count = (bag[:, :, 0] >= 0).sum(1)                                 # (R,) chunks of each problem
-    count = count.roll(1).clamp(min=1)[:, None]                        # (R, 1)
-    index = torch.arange(N) % count                                    # (R, N)
-    return bag.roll(1, 0).gather(1, index[:, :, None].expand(-1, -1, c))
+    _, N, c = chunks.shape
+    count = (chunks[:, :, 0] >= 0).sum(1)                          # (R,) chunks of each problem
+    count = count.roll(1).clamp(min=1)[:, None]                    # (R, 1)
+    index = torch.arange(N) % count                                # (R, N)
+    return chunks.roll(1, 0).gather(1, index[:, :, None].expand(-1, -1, c))
 
 
-def most_frequent_tokens(bag):
+def most_frequent_tokens(chunks):
     """Each chunk's different tokens, the most frequent first: the α of the highest ECR.
 
-    bag int (R, N, c) -> int (R, N, c); behind them the chunk's repetitions, and its padding last.
+    chunks int (R, N, c) -> int (R, N, c); then come the chunk's repetitions, and its padding last.
     """
-    same = bag[:, :, :, None] == bag[:, :, None, :]                    # (R, N, c, c)
-    repeated = same.tril(-1).any(3)                                    # (R, N, c)
-    frequency = (same.sum(3) * ~repeated).where(bag >= 0, -1)          # (R, N, c)
-    return bag.gather(2, frequency.argsort(2, descending=True))
+    same = chunks[:, :, :, None] == chunks[:, :, None, :]          # (R, N, c, c)
+    repeated = same.tril(-1).any(3)                                # (R, N, c)
+    frequency = (same.sum(3) * ~repeated).where(chunks >= 0, -1)   # (R, N, c)
+    return chunks.gather(2, frequency.argsort(2, descending=True))
 
 
-def measure_ecr(ids, n, bag, ks):
+def measure_ecr(ids, n, chunks, ks):
     """ECR of R chains: {"own", "chance", "maximum"}, each a list over ks.
 
     own      with the chunks that the latents stand for
     chance   with the chunks of another problem
     maximum  as if each α had its largest entries at its chunk's most frequent tokens
-    ids int (R, N, K); n int64 (R,): latents of each chain; bag int (R, chunks, c): the problems'
+    ids int (R, N, K); n int64 (R,): latents of each chain; chunks int (R, chunks, c): the problems'
     chunks. A latent beyond its problem's chunks does not count.
     """
-    N = min(ids.size(1), bag.size(1))
-    count = (bag[:, :, 0] >= 0).sum(1)                                 # (R,) chunks of each problem
-    real = torch.arange(N) < n.minimum(count)[:, None]                 # (R, N)
-    ids, own = ids[:, :N], bag[:, :N]
-    other = chunks_of_previous_problem(bag)[:, :N]
+    N = min(ids.size(1), chunks.size(1))
+    count = (chunks[:, :, 0] >= 0).sum(1)                          # (R,) chunks of each problem
+    real = torch.arange(N) < n.minimum(count)[:, None]             # (R, N)
+    ids, own = ids[:, :N], chunks[:, :N]
+    other = chunks_of_previous_problem(chunks)[:, :N]
     return {"own": ecr(ids, own, real, ks),
             "chance": ecr(ids, other, real, ks),
             "maximum": ecr(most_frequent_tokens(own), own, real, ks)}
@@ -111,10 +111,10 @@ def span_edges(length, n, c, N):
     """Where each span of a path starts and ends: int64 (..., N) each; they are equal past n."""
     length, n = length[..., None], n[..., None]                        # (..., 1)
     t = torch.arange(N + 1)
-    by_chunk = count_chunks(length, c) == n
-    total = torch.where(by_chunk, c, length)
-    parts = torch.where(by_chunk, 1, n.clamp(min=1))
-    edge = -(-t * total // parts)                                      # (..., N + 1): rounded up
+    by_chunk = count_chunks(length, c) == n                            # edges at t · c,
+    numerator = torch.where(by_chunk, c, length)                       # or else at t · length / n,
+    denominator = torch.where(by_chunk, 1, n.clamp(min=1))             # rounded up
+    edge = -(-t * numerator // denominator)                            # (..., N + 1)
     start = edge[..., :-1].minimum(length - 1).clamp(min=0)
     end = edge[..., 1:].maximum(start + 1).minimum(length)
     return start, end.where(t[:-1] < n, start)
@@ -172,9 +172,10 @@ def same_spans(path):
 
 
 def distinct_spans(path):
-    """The first path of those that have the same span at t: bool (R, M, N); False past its end.
+    """Whether no earlier path has the same span at t, so that it counts once: bool (R, M, N).
 
-    Where no more than one path is left the paths do not differ at t.
+    False in the rows of a problem that has fewer than M paths. The paths differ at t where more
+    than one is True.
     """
     M = path.size(1)
     known = (path >= 0).flatten(2).any(2)                              # (R, M)

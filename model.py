@@ -12,7 +12,7 @@ and which slots it attends to (its row of the mask). So one pass can hold severa
 the same prefix: they occupy different slots, start at the same position and do not see each other.
 
 Shapes, here and in every file:
-    B  batch           T  slots fed in this call         S  slots attended to: the cache's, then T
+    B  batch           T  slots fed in this call         A  slots attended to: the cache's, then T
     C  channels        H  heads, of D = C / H channels   V  vocabulary
     N  latent tokens   K  entries of a top-k             P  slots whose hidden state is returned
 """
@@ -69,7 +69,7 @@ class KVCache:
         self.length = 0  # slots in use; only GPT.forward advances it
 
     def append(self, layer, k, v):
-        """Store k, v (B, H, T, D) in the next T slots; return all so far, (B, H, S, D) each.
+        """Store k, v (B, H, T, D) in the next T slots; return all so far, (B, H, A, D) each.
 
         Raises ValueError where fewer than T slots are free.
         """
@@ -87,6 +87,12 @@ def gather_slots(x, index):
 
 
 class Attention(nn.Module):
+    """Multi-head attention of the T slots, or of the P in `index`, to all that they may see.
+
+    x (B, T, C); bias float (B, 1, T, A): 0 where a slot is visible, -inf elsewhere; index int64
+    (B, P) or None. Returns (B, T or P, C).
+    """
+
     def __init__(self, config, layer):
         super().__init__()
         self.n_head, self.layer = config.n_head, layer
@@ -101,12 +107,13 @@ class Attention(nn.Module):
         k = k.view(B, T, H, D).transpose(1, 2)                     # (B, H, T, D)
         v = v.view(B, T, H, D).transpose(1, 2)                     # (B, H, T, D)
         if cache is not None:
-            k, v = cache.append(self.layer, k, v)                  # (B, H, S, D) each
+            k, v = cache.append(self.layer, k, v)                  # (B, H, A, D) each
         if index is not None:  # all slots are keys, but only those in `index` are queries
             q = gather_slots(q, index)                             # (B, H, P, D)
-            bias = gather_slots(bias.expand(B, 1, T, -1), index)   # (B, 1, P, S)
-        scores = (q * D ** -0.5) @ k.transpose(2, 3) + bias        # (B, H, T or P, S)
-        y = scores.softmax(dim=3).to(v.dtype) @ v                  # (B, H, T or P, D)
+            bias = gather_slots(bias.expand(B, 1, T, -1), index)   # (B, 1, P, A)
+        scores = (q * D ** -0.5) @ k.transpose(2, 3) + bias        # (B, H, T or P, A)
+        weights = scores.softmax(dim=3).to(v.dtype)                # in float32 under autocast
+        y = weights @ v                                            # (B, H, T or P, D)
         return self.c_proj(y.transpose(1, 2).reshape(B, -1, C))    # (B, T or P, C)
 
 
@@ -164,7 +171,7 @@ class GPT(nn.Module):
 
         x      float (B, T, C): token embeddings `wte(ids)`, latent tokens z, or both mixed
         pos    int64 (B, T) or (T,): the positions; None: counted on from the cache
-        mask   bool (B, T, S), (1, T, S) or (T, S): True = visible; None: causal. A slot that sees
+        mask   bool (B, T, A), (1, T, A) or (T, A): True = visible; None: causal. A slot that sees
                no slot at all gets NaN
         cache  KVCache to read and to extend; it must have room for T more slots
         index  int64 (B, P): return the hidden states of these slots alone. In the last block all T
@@ -176,9 +183,9 @@ class GPT(nn.Module):
         if pos is None:
             pos = torch.arange(seen, seen + T, device=x.device)  # (T,)
         if mask is None:
-            mask = torch.ones(T, seen + T, dtype=torch.bool, device=x.device).tril(seen)  # (T, S)
+            mask = torch.ones(T, seen + T, dtype=torch.bool, device=x.device).tril(seen)  # (T, A)
         if mask.dim() == 3:
-            mask = mask[:, None]  # (B, 1, T, S): the same for every head
+            mask = mask[:, None]  # (B, 1, T, A): the same for every head
         # one bias, added to the scores of every layer: 0 where visible, -inf elsewhere
         bias = torch.zeros(mask.shape, device=x.device).masked_fill(~mask, -math.inf)
         x = x + self.wpe(pos)                                      # (B, T, C)

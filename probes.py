@@ -18,7 +18,7 @@ from encoder import count_chunks
 
 RECORDED = 300         # entries of each α that are recorded, the largest ones
 FEW, POINTS = 128, 25  # a curve decodes anew at every point: its problems and points at most
-FLOOR = 1e-6           # mass that a token of a forced chunk has at least
+FORCED = 1e-6          # mass that is added to each token of a forced chunk
 
 
 class Setting(NamedTuple):
@@ -142,8 +142,9 @@ def decode_after_prefixes(setting, llm, latents, end_of_thought=True):
 def decode_along_path(setting, llm, path, top_k=0):
     """Latent decoding in which each q is restricted to the tokens of one path's chunk.
 
-    It is scaled to sum to 1 again; where it has no mass there, the tokens get equal shares. Past
-    the path's last chunk q stays as it is, so that the model ends its chain itself.
+    FORCED is added to each of them, so that a q without mass there becomes equal shares, and the
+    sum is scaled to 1. Past the path's last chunk q stays as it is, so that the model ends its
+    chain itself.
     path int64 (R, chunks, c), padded with -1.
     Returns what `decode.evaluate` does.
     """
@@ -154,8 +155,8 @@ def decode_along_path(setting, llm, path, top_k=0):
         allowed = torch.zeros(len(q), q.size(1) + 1, device=q.device)
         allowed.scatter_(1, chunk.where(chunk >= 0, q.size(1)), 1.0)
         allowed = allowed[:, :-1]                                               # (B, n_ordinary)
-        restricted = q * allowed + FLOOR * allowed
+        restricted = (q + FORCED) * allowed                                     # (B, n_ordinary)
         total = restricted.sum(1, keepdim=True)                                 # (B, 1)
-        return torch.where(total > 0, restricted / total.clamp(min=FLOOR), q)
+        return torch.where(total > 0, restricted / total.clamp(min=FORCED), q)
 
     return decode_split(setting, llm, "latent", top_k=top_k, on_latent=on_latent)

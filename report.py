@@ -129,15 +129,15 @@ def heaviest_tokens(values, ids, tokenizer):
     return columns
 
 
-def strip(values, ids, bag, tokenizer):
+def strip(values, ids, chunks, tokenizer):
     """A chain as columns, one a latent: the chunk it stands for, and its heaviest tokens shaded.
 
-    values, ids (n, K) as above; bag int (chunks, c): the chunks' tokens, -1 past their ends.
+    values, ids (n, K) as above; chunks int (chunks, c): their tokens, -1 past a chunk's end.
     """
-    chunks = [printable(tokenizer, [i for i in chunk if i >= 0]) for chunk in bag.tolist()]
+    texts = [printable(tokenizer, [i for i in chunk if i >= 0]) for chunk in chunks.tolist()]
     html = ""
     for t, tokens in enumerate(heaviest_tokens(values, ids, tokenizer)):
-        chunk = escape(chunks[t]) if t < len(chunks) else ""
+        chunk = escape(texts[t]) if t < len(texts) else ""
         html += f"<div><b>{chunk or '–'}<small>{t + 1}</small></b>"
         for text, weight in tokens:
             shade = f"background:rgba(70,120,230,{0.6 * weight:.2f})"

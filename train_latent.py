@@ -15,8 +15,8 @@ import torch
 import common
 from data import splits
 from decode import evaluate
-from encoder import fed_hidden, insert_latents, latent_batch, superpose_sparse
-from losses import (gumbel_noise, gumbel_perturb, latent_goes_on, latent_kl, latent_mse,
+from encoder import hidden_as_input, insert_latents, latent_batch, superpose_sparse
+from losses import (gumbel_noise, gumbel_perturb, eot_penalty, latent_kl, latent_mse,
                     weighted_nll)
 from model import GPTConfig
 
@@ -58,17 +58,17 @@ def latent_loss(llm, seq, values, ids, noise):
 def hidden_loss(llm, seq, values, ids, noise):
     """Ablation, of train_sup.py --latents hidden: (L_exp, the regression loss of the latents).
 
-    values float32 (B, N, C): the encoder's hidden states, input and target; no ids and no noise. A
-    state that is copied may have any q, also one whose argmax is <eot>, which would end the chain
-    in decoding. So the loss of the latents also says that it goes on.
+    values float32 (B, N, C): the encoder's hidden states, input and target; ids and noise are not
+    used. A state that is copied may have any q, also one whose argmax is <eot>, which would end the
+    chain in decoding. So the loss of the latents also keeps q off <eot>.
     """
     N = seq.summary_index.size(1)
-    hidden = read_chain(llm, seq, fed_hidden(values, llm.wte.weight))          # (B, N + P, C)
+    hidden = read_chain(llm, seq, hidden_as_input(values, llm.wte.weight))          # (B, N + P, C)
     logits = llm.head(hidden)                                                  # (B, N + P, V)
     exp = weighted_nll(logits[:, N:], seq.target, seq.loss_weight)
-    eot = seq.target[:, :1]  # the first token of every answer                 # (B, 1)
-    goes_on = latent_goes_on(logits[:, :N], eot, seq.n)
-    return exp, latent_mse(hidden[:, :N], values, seq.n) + goes_on
+    eot = seq.target[0, :1]  # every answer begins with it                     # (1,)
+    lat = latent_mse(hidden[:, :N], values, seq.n) + eot_penalty(logits[:, :N], eot, seq.n)
+    return exp, lat
 
 
 # ----------------------------------------------------------------------------------------- the loop
@@ -87,7 +87,7 @@ def train_latent(llm, store, train, val, args, env):
         batch = train.train_batch(step, args.batch_size, args.seed, env.rank, env.world)
         seq = latent_batch(batch, c).to(env.device)
         values, ids = store.read(batch.rows, seq.summary_index.size(1))        # (B, N, K)
-        shape = args.batch_size, *values.shape[1:]
+        shape = args.batch_size, *values.shape[1:]  # of all processes, so that each has its own
         noise = gumbel_noise(args.seed, step, shape, args.noise)[env.rank::env.world]
         values, ids, noise = values.to(env.device), ids.to(env.device), noise.to(env.device)
         with env.autocast():
@@ -117,13 +117,14 @@ def main(argv=None):
     expected = dict(fingerprint=train.fingerprint, chunk_size=args.chunk_size,
                     tokenizer=env.tokenizer.name, encoder=encoder)
     if args.top_k is not None:
-        expected["top_k"] = args.top_k
+        vocabulary = env.tokenizer.n_ordinary
+        expected["top_k"] = min(args.top_k or vocabulary, vocabulary)  # as compress.py takes it
     store = common.Store(args.out / "latents", **expected)
     caps = list(train.caps(args.chunk_size))
     env.config.update(encoder=encoder, store_top_k=store.top_k, caps=caps)
     start = env.parent if args.start == "sup" else common.load_checkpoint(args.out / "sft.pt")
     llm = common.build(start, "llm", env.device)
-    llm.config = GPTConfig(**env.parent["config"]["model"])
+    llm.config = GPTConfig(**env.parent["config"]["model"])  # sft.pt has no ablations of phase 1
     train_latent(llm, store, train, val, args, env)
     common.say_next("analyze.py", args, env)
 

@@ -25,14 +25,14 @@ import torch
 import common
 from data import UserError, load, splits
 from decode import evaluate
-from encoder import (chunk_bags, draw_chunk, encoder_batch, explicit_batch, insert_latents,
-                     latents_of, llm_batch, local_supervision_mask, open_supervision_mask,
+from encoder import (alpha_and_latent, chunk_tokens, draw_followed, encoder_batch, explicit_batch,
+                     insert_latents, llm_batch, local_supervision_mask, open_supervision_mask,
                      summarize, summary_states, supervision_mask)
 from losses import bag_kl, weighted_nll
 from model import GPT, GPT2, GPTConfig
 
 FROM_START = 0.25  # share of problems whose followed text starts before any latent, besides those
-                   # that draw_chunk draws so among all chunks
+                   # that draw_followed draws so among all chunks
 TRAINED_WITH = ("batch_size", "lr", "init")  # what the baselines have in common with the warm-up
 
 
@@ -67,10 +67,10 @@ def explicit_loss(llm, seq):
     return weighted_nll(llm.head(hidden), seq.target, seq.loss_weight)
 
 
-def bag_loss(encoder, enc, bag, n_ordinary):
-    """The encoder alone, one pass over the layout `enc`: KL(bag ‖ α). bag int64 (B, N, c)."""
+def bag_loss(encoder, enc, chunks, n_ordinary):
+    """The encoder alone, one pass over the layout `enc`: KL(bag ‖ α). chunks int64 (B, N, c)."""
     alpha = summarize(encoder, enc, n_ordinary)                                # (B, N, n_ordinary)
-    return bag_kl(alpha, bag, enc.n)
+    return bag_kl(alpha, chunks, enc.n)
 
 
 LTSUM = {  # --ltsum: the LLM's mask of a layout, bool (B, T, T)
@@ -80,18 +80,18 @@ LTSUM = {  # --ltsum: the LLM's mask of a layout, bool (B, T, T)
 }
 
 
-def sup_loss(encoder, llm, enc, seq, bag, n_ordinary, top_k=0, ltsum="on"):
-    """Phase 1: (ℓ_sup, the bag-of-tokens KL).
+def sup_loss(encoder, llm, enc, seq, chunks, n_ordinary, top_k=0, ltsum="on"):
+    """Phase 1: (ℓ_sup, with the term of the followed text if `seq` has one; the KL of bag_kl).
 
     One pass of the encoder computes all summaries of the layout `enc`, one pass of the LLM all
-    continuations of the layout `seq`. bag int64 (B, N, c): the chunks, as losses.bag_kl takes them.
+    continuations of the layout `seq`. chunks int64 (B, N, c), from encoder.chunk_tokens.
     """
     states = summary_states(encoder, enc)                                      # (B, N, C)
-    alpha, z = latents_of(encoder, states, llm.wte.weight, n_ordinary, top_k)
+    alpha, z = alpha_and_latent(encoder, states, llm.wte.weight, n_ordinary, top_k)
     x = insert_latents(llm.wte(seq.ids), z, seq.latent)                        # (B, T, C)
     hidden = llm(x, seq.pos, LTSUM[ltsum](seq), index=seq.predict_index)       # (B, P, C)
     sup = weighted_nll(llm.head(hidden), seq.target, seq.loss_weight)
-    return sup, bag_kl(alpha, bag, enc.n)
+    return sup, bag_kl(alpha, chunks, enc.n)
 
 
 # ---------------------------------------------------------------------------------------- the loops
@@ -122,10 +122,11 @@ def train_explicit(name, llm, train, val, steps, args, env):
 
 
 def train_superposition(encoder, llm, train, val, args, env):
-    """The bags, then ℓ_sup, for which encoder and LLM learn together."""
+    """The bag loss alone trains the encoder first; then ℓ_sup, too, trains encoder and LLM."""
     c, tokenizer, steps = args.chunk_size, env.tokenizer, args.steps
     caps = train.caps(c)
-    # with its latents: 1 + 1/c in the encoder's sequence, and about 2 + 1/c in the LLM's
+    # a token of the chain, its latent included, takes 1 + 1/c slots of the encoder's sequence and,
+    # with the followed text, up to 2 + 1/c of the LLM's: one set of buckets for the mean of the two
     train.make_buckets(chain_slots=1.5 + 1 / c)
     common.compile_blocks([encoder, llm], args)
     optimizer = common.Optimizer({encoder: args.lr, llm: args.lr}, env.device)
@@ -136,19 +137,19 @@ def train_superposition(encoder, llm, train, val, args, env):
     for step in run:
         batch = train.train_batch(step, args.batch_size, args.seed, env.rank, env.world)
         enc = encoder_batch(batch, c, tokenizer.sum).to(env.device)
-        bag = chunk_bags(batch, c).to(env.device)
+        chunks = chunk_tokens(batch, c).to(env.device)
         with env.autocast():
             if step < bag_steps:  # as long as z means nothing, the LLM has nothing to learn
                 rate = common.schedule(step, bag_steps)
-                kl = bag_loss(encoder, enc, bag, tokenizer.n_ordinary)
+                kl = bag_loss(encoder, enc, chunks, tokenizer.n_ordinary)
                 sup = torch.zeros_like(kl)
             else:
                 rate = common.schedule(step - bag_steps, steps - bag_steps)
-                followed = draw_chunk(batch, c, args.seed, step, env.rank, env.world,
-                                      from_start=FROM_START)  # (B,)
-                seq = llm_batch(batch, c, followed, args.follow).to(env.device)
-                sup, kl = sup_loss(encoder, llm, enc, seq, bag, tokenizer.n_ordinary, args.top_k,
-                                   args.ltsum)
+                follow = draw_followed(batch, c, args.seed, step, env.rank, env.world,
+                                       from_start=FROM_START)  # (B,)
+                seq = llm_batch(batch, c, follow, args.follow).to(env.device)
+                sup, kl = sup_loss(encoder, llm, enc, seq, chunks, tokenizer.n_ordinary,
+                                   args.top_k, args.ltsum)
         bag_weight = args.bag * (1 - 0.5 * step / steps)  # not to 0: α would leave its chunk again
         loss = sup + bag_weight * kl
         loss.backward()

@@ -39,7 +39,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import common  # noqa: E402  (the path is set above)
 from data import Problems  # noqa: E402
 from decode import decode, question_prompt  # noqa: E402
-from encoder import (Layout, chunk_bags, count_chunks, draw_chunk, encoder_batch,  # noqa: E402
+from encoder import (Layout, chunk_tokens, count_chunks, draw_followed, encoder_batch,  # noqa: E402
                      explicit_batch, insert_latents, latent_batch, latent_pos, llm_batch,
                      ordinary_softmax, pad, split_chunks, summarize, supervision_mask)
 from losses import gumbel_noise, weighted_nll  # noqa: E402
@@ -201,9 +201,9 @@ class Bench:
         if name == "sft":
             return (explicit_batch(batch),)
         if name == "phase 1":
-            followed = draw_chunk(batch, c, 0, 1)                                 # (B,)
+            followed = draw_followed(batch, c, 0, 1)                                 # (B,)
             seq = llm_batch(batch, c, followed)
-            return encoder_batch(batch, c, tokenizer.sum), seq, chunk_bags(batch, c)
+            return encoder_batch(batch, c, tokenizer.sum), seq, chunk_tokens(batch, c)
         seq = latent_batch(batch, c)
         values, ids = self.store.read(batch.rows, seq.summary_index.size(1))      # (B, N, K)
         return seq, values, ids, gumbel_noise(0, 1, values.shape)

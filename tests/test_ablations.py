@@ -10,9 +10,10 @@ import torch
 import train_sup
 from conftest import VOCAB, close, random_batch, rows, tiny
 from compress import top_entries
+from data import UserError
 from decode import decode
-from encoder import (chunk_bags, encoder_batch, fed_hidden, insert_latents, latent_batch,
-                     latents_of, llm_batch, summarize, summary_states)
+from encoder import (alpha_and_latent, chunk_tokens, encoder_batch, hidden_as_input, insert_latents,
+                     latent_batch, llm_batch, summarize, summary_states)
 from test_decode import speaker
 from test_encoder import embed, random_latents, read
 from test_scripts import TINY, call  # noqa: F401  (call is a fixture)
@@ -78,13 +79,13 @@ def test_a_hidden_latent_is_the_hidden_state():
     enc = encoder_batch(batch, 2, VOCAB.sum)
     states = summary_states(encoder, enc)
     E = llm.wte.weight
-    alpha, z = latents_of(encoder, states, E, VOCAB.n_ordinary)
+    alpha, z = alpha_and_latent(encoder, states, E, VOCAB.n_ordinary)
     assert torch.equal(z, states * E.std())
     assert torch.equal(alpha, summarize(encoder, enc, VOCAB.n_ordinary))
     values, ids, _ = top_entries(encoder, states, VOCAB.n_ordinary, 16)
     close(values, states.float(), 0)
     encoder.requires_grad_()
-    sup, _ = sup_loss(encoder, llm, enc, llm_batch(batch, 2), chunk_bags(batch, 2),
+    sup, _ = sup_loss(encoder, llm, enc, llm_batch(batch, 2), chunk_tokens(batch, 2),
                       VOCAB.n_ordinary)
     sup.backward()
     assert all(p.grad is not None and p.grad.any() for p in encoder.h.parameters())
@@ -102,7 +103,7 @@ def test_phase_3_on_hidden_states():
     exp = lat = 0
     for b, (X, S, answer) in enumerate(rows(batch, 2)):
         n = len(S)
-        x = torch.cat([embed(llm, X), fed_hidden(target[b, :n], llm.wte.weight).double(),
+        x = torch.cat([embed(llm, X), hidden_as_input(target[b, :n], llm.wte.weight).double(),
                        embed(llm, answer)])
         pos = [*range(len(X)), *range(len(X) + 1, len(X) + 2 * n, 2),
                *range(len(X) + 2 * n, len(X) + 2 * n + len(answer))]
@@ -129,7 +130,7 @@ def test_decoding_feeds_hidden_states_back():
             if not active[b]:
                 break
             hidden = llm(one[None], torch.tensor([at]))[0, -1]
-            close(z[b], fed_hidden(hidden, llm.wte.weight))
+            close(z[b], hidden_as_input(hidden, llm.wte.weight))
             one, at = torch.cat([one, z[b][None]]), at + [at[-1] + 2]
     assert (out.latents > 1).any()
 
@@ -153,6 +154,10 @@ def test_the_pipeline_with_ablations(call, capsys, flags, latent):  # noqa: F811
     report = json.loads(Path("run/report.json").read_text("utf-8"))
     assert (report["collapse"] is None) == ("--latents" in flags)
     assert ("cannot be cut" in Path("run/report.html").read_text("utf-8")) == ("--latents" in flags)
+    if "--latents" in flags:
+        for script in "compress", "analyze":
+            with pytest.raises(UserError, match="a hidden state has no entries"):
+                call(script, "--top-k", 5, "--out", "run")
 
 
 def test_the_llm_is_frozen_while_the_encoder_is_first(call):  # noqa: F811

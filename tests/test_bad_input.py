@@ -176,10 +176,13 @@ def test_a_folder_without_its_test_split_is_refused_before_training(
     refused("train_sup", flags, tmp_path, "test.jsonl: no such file", capsys)
 
 
-def test_top_k_beyond_the_vocabulary_is_all_of_it(tmp_path):
+@pytest.mark.parametrize("top_k", ["99999", "0"])
+def test_top_k_beyond_the_vocabulary_is_all_of_it(tmp_path, top_k):
+    """Phase 3 takes the same flag for the same store."""
     train_sup.main([*TINY, "--out", str(tmp_path)])
-    compress.main(["--out", str(tmp_path), "--top-k", "99999"])
+    compress.main(["--out", str(tmp_path), "--top-k", top_k])
     assert np.load(tmp_path / "latents" / "ids.npy").shape[1] == data.Tokenizer("toy").n_ordinary
+    train_latent.main(["--out", str(tmp_path), "--top-k", top_k, "--steps", "1"])
 
 
 # ------------------------------------------------------------------------------- folders and phases

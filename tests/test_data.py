@@ -17,7 +17,7 @@ import data
 import toy
 from conftest import ROOT, easy_file
 from data import TOY_SIZE, Problems, UserError, load, numbers, split_of, to_number
-from encoder import (Layout, draw_chunk, encoder_batch, explicit_batch, latent_batch,
+from encoder import (Layout, draw_followed, encoder_batch, explicit_batch, latent_batch,
                      llm_batch)
 
 SAMPLE = ROOT / "tests" / "sample.jsonl"
@@ -505,7 +505,7 @@ LOOPS = {  # the slots that a token of the chain takes at c = 2, and a loop's la
     "warm-up": (1, lambda batch, n: [explicit_batch(batch)]),
     "phase 1": (2, lambda batch, n: [
         encoder_batch(batch, 2, 0),
-        llm_batch(batch, 2, draw_chunk(batch, 2, 0, n, from_start=0.25))]),
+        llm_batch(batch, 2, draw_followed(batch, 2, 0, n, from_start=0.25))]),
     "phase 3": (0.5, lambda batch, n: [latent_batch(batch, 2)]),
 }
 

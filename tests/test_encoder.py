@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from conftest import VOCAB, close, random_batch, rows, tiny
-from encoder import (chunk_bags, count_chunks, draw_chunk, encoder_batch, explicit_batch,
+from encoder import (chunk_tokens, count_chunks, draw_followed, encoder_batch, explicit_batch,
                      induction_mask, insert_latents, latent_batch, llm_batch,
                      local_supervision_mask, ordinary_softmax, summarize, superpose,
                      superpose_sparse, supervision_mask, top_k_renormalized)
@@ -193,19 +193,19 @@ def test_a_text_followed_to_the_end_equals_a_pass_for_it(c):
 
 def test_the_chunk_to_follow_is_drawn_evenly_and_anew():
     batch = random_batch([7, 0, 4] * 100)
-    drawn = np.array([draw_chunk(batch, 2, seed=0, step=step) for step in range(50)])
+    drawn = np.array([draw_followed(batch, 2, seed=0, step=step) for step in range(50)])
     for row, n in (0, 4), (1, 0), (2, 2):
         values, counts = np.unique(drawn[:, row::3], return_counts=True)
         assert values.tolist() == list(range(-1, n))
         mean = 5000 / (n + 1)
         assert (np.abs(counts - mean) < 5 * np.sqrt(mean)).all()
-    assert (drawn[3] == draw_chunk(batch, 2, seed=0, step=3)).all()
-    assert (drawn[3] != draw_chunk(batch, 2, seed=1, step=3)).any()
+    assert (drawn[3] == draw_followed(batch, 2, seed=0, step=3)).all()
+    assert (drawn[3] != draw_followed(batch, 2, seed=1, step=3)).any()
     assert (drawn[3] != drawn[4]).any()
-    parts = [draw_chunk(random_batch([7, 0] * 50), 2, 0, 3, rank, 2) for rank in (0, 1)]
-    whole = draw_chunk(random_batch([7, 7, 0, 0] * 50), 2, 0, 3)
+    parts = [draw_followed(random_batch([7, 0] * 50), 2, 0, 3, rank, 2) for rank in (0, 1)]
+    whole = draw_followed(random_batch([7, 7, 0, 0] * 50), 2, 0, 3)
     assert (np.stack(parts, 1).ravel() == whole).all()  # two processes draw what one does
-    half = draw_chunk(batch, 2, seed=0, step=3, from_start=0.5)[::3]
+    half = draw_followed(batch, 2, seed=0, step=3, from_start=0.5)[::3]
     assert 35 < (half == -1).sum() < 85 and set(half) == {-1, 0, 1, 2, 3}
 
 
@@ -241,14 +241,14 @@ def test_a_batch_is_padded_as_its_bucket_needs(c):
             (llm_batch(part, c, follow[few]), llm_batch(whole, c, follow)),
             (encoder_batch(part, c, VOCAB.sum), encoder_batch(whole, c, VOCAB.sum))):
         assert all(torch.equal(a, b[few]) for a, b in zip(of_part, of_whole))
-    assert torch.equal(chunk_bags(part, c), chunk_bags(whole, c)[few])
+    assert torch.equal(chunk_tokens(part, c), chunk_tokens(whole, c)[few])
 
 
 @pytest.mark.parametrize("c", [*SIZES, 50])
 def test_bags_hold_the_chunks(c):
     """And there are as many of them as the encoder has summaries."""
     for batch in (random_batch(CHAINS), random_batch([0, 0])):
-        bags = chunk_bags(batch, c)
+        bags = chunk_tokens(batch, c)
         assert bags.shape[:2] == encoder_batch(batch, c, VOCAB.sum).summary_index.shape
         assert bags.size(2) == min(c, max(1, batch.lengths[1].max()))  # a long chunk costs nothing
         for bag, (_, S, _) in zip(bags.tolist(), rows(batch, c)):

@@ -7,8 +7,8 @@ import torch
 
 import encoder as encoding
 from conftest import VOCAB, close, random_batch, rows, tiny
-from encoder import (chunk_bags, encoder_batch, explicit_batch, latent_batch, llm_batch, summarize,
-                     superpose)
+from encoder import (chunk_tokens, encoder_batch, explicit_batch, latent_batch, llm_batch,
+                     summarize, superpose)
 from losses import bag_kl, gumbel_noise, gumbel_perturb, latent_kl
 from test_encoder import embed, positions, summaries
 from train_latent import latent_loss
@@ -53,7 +53,7 @@ def test_sup_loss(c, top_k):
             nll = sum(-q[t, token] for t, token in enumerate(part))
             total += nll / len(part) / len(parts)
     enc = encoder_batch(batch, c, VOCAB.sum)
-    bag = chunk_bags(batch, c)
+    bag = chunk_tokens(batch, c)
     sup, kl = sup_loss(encoder, llm, enc, llm_batch(batch, c), bag, VOCAB.n_ordinary, top_k)
     close(sup.double(), total / len(CHAINS), 1e-5)
     close(kl, bag_kl(summarize(encoder, enc, VOCAB.n_ordinary), bag, enc.n), 1e-6)
@@ -73,7 +73,7 @@ def test_a_followed_text_adds_its_mean(follow):
             x = torch.cat([embed(llm, X), *z[:k + 1], embed(llm, text)])
             q = log_q(llm, x, positions(len(X), k + 1, 2, len(text)))[-len(text) - 1:]
             total += sum(-q[t, token] for t, token in enumerate(text)) / len(text)
-    inputs = chunk_bags(batch, 2), VOCAB.n_ordinary
+    inputs = chunk_tokens(batch, 2), VOCAB.n_ordinary
     enc = encoder_batch(batch, 2, VOCAB.sum)
     alone, _ = sup_loss(encoder, llm, enc, llm_batch(batch, 2), *inputs)
     both, _ = sup_loss(encoder, llm, enc, llm_batch(batch, 2, follow), *inputs)
@@ -90,7 +90,7 @@ def test_sup_loss_under_the_local_mask():
     batch = random_batch([6])
     enc = encoder_batch(batch, 2, VOCAB.sum)
     seq = llm_batch(batch, 2)
-    inputs = enc, seq, chunk_bags(batch, 2), VOCAB.n_ordinary
+    inputs = enc, seq, chunk_tokens(batch, 2), VOCAB.n_ordinary
     local, kl = sup_loss(encoder, llm, *inputs, ltsum="local")
     full, same = sup_loss(encoder, llm, *inputs)
     assert torch.equal(kl, same)
@@ -122,7 +122,7 @@ def test_bag_kl_is_a_dense_kl(c):
         for i, chunk in enumerate(S):
             bag = torch.bincount(torch.tensor(chunk), minlength=VOCAB.n_ordinary) / len(chunk)
             total += (torch.xlogy(bag, bag) - bag * alpha[b, i].log()).sum() / len(S)
-    close(bag_kl(alpha, chunk_bags(batch, c), torch.from_numpy(n)), total / len(CHAINS), 1e-5)
+    close(bag_kl(alpha, chunk_tokens(batch, c), torch.from_numpy(n)), total / len(CHAINS), 1e-5)
 
 
 def sup_gradients():
@@ -131,7 +131,7 @@ def sup_gradients():
     llm = tiny(1).requires_grad_()
     batch = random_batch(CHAINS)
     sup, _ = sup_loss(encoder, llm, encoder_batch(batch, 2, VOCAB.sum), llm_batch(batch, 2),
-                      chunk_bags(batch, 2), VOCAB.n_ordinary)
+                      chunk_tokens(batch, 2), VOCAB.n_ordinary)
     sup.backward()
     return [[p.grad for p in model.parameters()] for model in (encoder, llm)]
 
