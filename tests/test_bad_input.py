@@ -413,7 +413,7 @@ def test_an_encoder_that_writes_no_number_makes_no_store(copy, capsys):
     saved = torch.load(copy / "sup.pt", weights_only=True)
     saved["models"]["encoder"]["wpe.weight"].fill_(torch.nan)
     torch.save(saved, copy / "sup.pt")
-    with pytest.raises(data.UserError, match="its encoder writes what is no number"):
+    with pytest.raises(data.UserError, match="its encoder gives values that are not finite"):
         compress.main(["--out", str(copy), "--overwrite"])
     assert not (copy / "latents" / "meta.json").exists()
 
