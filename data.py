@@ -2,7 +2,7 @@
 
 A problem is a question, a chain of thought S and an answer. As tokens:
 
-    X   = question <bot>            S = chain            Ans = <eot> #### answer <|endoftext|>
+    X <bot> = question <bot>        S = chain        <eot> Ans = <eot> #### answer <|endoftext|>
 
 Everything is tokenized once. A batch holds problems of like length and is padded to one of a few
 fixed widths, so that little is computed for padding.

@@ -26,7 +26,7 @@ def add_flags(p):
     add("--noise", type=float, help="scale of the Gumbel noise (default: 1, as in the paper; on "
         "the toy task and with --easy 0.1; 0 = off)")
     add("--start", choices=["sup", "sft"], default="sup", help="the LLM to start from: that of "
-        "phase 1 (default), or the explicit model, which has never read a latent")
+        "phase 1 (default), or the warm-up, which has never read a latent")
 
 
 # ----------------------------------------------------------------------------------------- the idea

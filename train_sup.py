@@ -48,7 +48,7 @@ def add_flags(p):
     add("--bag-steps", type=int, help="the first of --steps, in which the encoder learns by that "
         "loss alone")
     add("--follow", type=float, default=1.0, help="weight of the text that is followed to the end "
-        "behind one z of each problem (default: 1; 0 = the paper's ℓ_sup alone)")
+        "behind one z of each problem (default: 1; 0 = ℓ_sup without such a text)")
     add("--encoder-first", type=int, default=0, metavar="N", help="the LLM is frozen in the first "
         "N updates after those, as in the authors' code (default: 0)")
     add("--ltim", choices=["on", "off"], default="on", help="off: a summary token sees the "
