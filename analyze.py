@@ -383,9 +383,6 @@ def main(argv=None):
     caps, stored = latent["config"]["caps"], latent["config"]["store_top_k"]
     top_k = {"text": 0, "gold": sup["config"]["top_k"],
              "latent": stored if args.top_k is None else args.top_k}
-    if args.top_k is not None and latent["config"]["model"]["hidden_latents"]:
-        raise UserError(f"--top-k {args.top_k}: a hidden state has no entries to choose from; "
-                        "leave it out")
     if args.ask is not None:
         ask(args, env, common.build(latent, "llm", env.device), caps, top_k["latent"])
         return

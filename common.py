@@ -204,6 +204,10 @@ def fill_in_defaults(args, phase, parent):
             raise UserError(f"{args.out / 'sup.pt'} holds no encoder, so it is not of phase 1; run "
                             "train_sup.py again, with --overwrite")
         inherited = {field: parent["config"][field] for field in INHERITED}
+    if args.top_k is not None and (parent["config"]["model"]["hidden_latents"] if parent
+                                   else args.latents == "hidden"):
+        raise UserError(f"--top-k {args.top_k}: a hidden state has no entries to choose from; "
+                        "leave it out")
     for field in set(inherited) - {"data_dir"}:
         given = getattr(args, field, None)
         if given not in (None, inherited[field]):
@@ -562,6 +566,11 @@ def load_arrays(folder, mode, *names):
         except (OSError, ValueError, EOFError) as error:
             raise UserError(f"{folder} cannot be read ({error}); {make_again(folder)}")
     return arrays
+
+
+def count_entries(top_k, tokenizer):
+    """K of a --top-k: 0, or more than there are, means all of the ordinary vocabulary."""
+    return min(top_k or tokenizer.n_ordinary, tokenizer.n_ordinary)
 
 
 class Store:

@@ -48,21 +48,17 @@ def top_entries(encoder, hidden, n_ordinary, K):
 def choose_top_k(args, env):
     """K: --top-k, or that of phase 1, or 50; 0 is the whole ordinary vocabulary.
 
-    Raises UserError where phase 1 made its z from a top-k and K is another one, and where a hidden
-    state, which is kept whole, is to be cut.
+    Raises UserError where phase 1 made its z from a top-k and K is another one.
     """
-    model, vocabulary = env.parent["config"]["model"], env.tokenizer.n_ordinary
+    model = env.parent["config"]["model"]
     if model["hidden_latents"]:
-        if args.top_k:
-            raise UserError(f"--top-k {args.top_k}: a hidden state has no entries to choose from; "
-                            "leave it out")
-        return model["n_embd"]  # a channel an entry
+        return model["n_embd"]  # a hidden state is kept whole, a channel an entry
     phase1 = env.parent["config"]["top_k"]
     K = args.top_k if args.top_k is not None else phase1 or 50
     if phase1 not in (0, K):
         raise UserError(f"--top-k {K} contradicts {args.out}/sup.pt, whose z were made with "
                         f"{phase1}")
-    return min(K or vocabulary, vocabulary)
+    return common.count_entries(K, env.tokenizer)
 
 
 # ---------------------------------------------------------------------------------------- the store

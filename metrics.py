@@ -57,9 +57,9 @@ def ecr(ids, chunks, real, ks):
     ks      the values of K
     Returns a list of floats, one for each of ks; NaN where no latent counts.
     """
-    match = ids[:, :, None, :] == chunks[:, :, :, None]            # (R, N, c, K)
+    match = ids[:, :, None, :] == chunks[:, :, :, None]                # (R, N, c, K)
     match &= (chunks >= 0)[:, :, :, None]
-    match = match[real]                                            # (latents, c, K)
+    match = match[real]                                                # (latents, c, K)
     return [match[:, :, :k].any(2).sum(1).double().mean().item() for k in ks]
 
 
@@ -69,9 +69,9 @@ def chunks_of_previous_problem(chunks):
     chunks int (R, N, c) -> int (R, N, c).
     """
     _, N, c = chunks.shape
-    count = (chunks[:, :, 0] >= 0).sum(1)                          # (R,) chunks of each problem
-    count = count.roll(1).clamp(min=1)[:, None]                    # (R, 1)
-    index = torch.arange(N) % count                                # (R, N)
+    count = (chunks[:, :, 0] >= 0).sum(1)                              # (R,) chunks of each problem
+    count = count.roll(1).clamp(min=1)[:, None]                        # (R, 1)
+    index = torch.arange(N) % count                                    # (R, N)
     return chunks.roll(1, 0).gather(1, index[:, :, None].expand(-1, -1, c))
 
 
@@ -80,9 +80,9 @@ def most_frequent_tokens(chunks):
 
     chunks int (R, N, c) -> int (R, N, c); then come the chunk's repetitions, and its padding last.
     """
-    same = chunks[:, :, :, None] == chunks[:, :, None, :]          # (R, N, c, c)
-    repeated = same.tril(-1).any(3)                                # (R, N, c)
-    frequency = (same.sum(3) * ~repeated).where(chunks >= 0, -1)   # (R, N, c)
+    same = chunks[:, :, :, None] == chunks[:, :, None, :]              # (R, N, c, c)
+    repeated = same.tril(-1).any(3)                                    # (R, N, c)
+    frequency = (same.sum(3) * ~repeated).where(chunks >= 0, -1)       # (R, N, c)
     return chunks.gather(2, frequency.argsort(2, descending=True))
 
 
@@ -96,8 +96,8 @@ def measure_ecr(ids, n, chunks, ks):
     chunks. A latent beyond its problem's chunks does not count.
     """
     N = min(ids.size(1), chunks.size(1))
-    count = (chunks[:, :, 0] >= 0).sum(1)                          # (R,) chunks of each problem
-    real = torch.arange(N) < n.minimum(count)[:, None]             # (R, N)
+    count = (chunks[:, :, 0] >= 0).sum(1)                              # (R,) chunks of each problem
+    real = torch.arange(N) < n.minimum(count)[:, None]                 # (R, N)
     ids, own = ids[:, :N], chunks[:, :N]
     other = chunks_of_previous_problem(chunks)[:, :N]
     return {"own": ecr(ids, own, real, ks),

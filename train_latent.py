@@ -16,7 +16,7 @@ import common
 from data import splits
 from decode import evaluate
 from encoder import hidden_as_input, insert_latents, latent_batch, superpose_sparse
-from losses import (gumbel_noise, gumbel_perturb, eot_penalty, latent_kl, latent_mse,
+from losses import (eot_penalty, gumbel_noise, gumbel_perturb, latent_kl, latent_mse,
                     weighted_nll)
 from model import GPTConfig
 
@@ -63,7 +63,7 @@ def hidden_loss(llm, seq, values, ids, noise):
     chain in decoding. So the loss of the latents also keeps q off <eot>.
     """
     N = seq.summary_index.size(1)
-    hidden = read_chain(llm, seq, hidden_as_input(values, llm.wte.weight))          # (B, N + P, C)
+    hidden = read_chain(llm, seq, hidden_as_input(values, llm.wte.weight))     # (B, N + P, C)
     logits = llm.head(hidden)                                                  # (B, N + P, V)
     exp = weighted_nll(logits[:, N:], seq.target, seq.loss_weight)
     eot = seq.target[0, :1]  # every answer begins with it                     # (1,)
@@ -117,8 +117,7 @@ def main(argv=None):
     expected = dict(fingerprint=train.fingerprint, chunk_size=args.chunk_size,
                     tokenizer=env.tokenizer.name, encoder=encoder)
     if args.top_k is not None:
-        vocabulary = env.tokenizer.n_ordinary
-        expected["top_k"] = min(args.top_k or vocabulary, vocabulary)  # as compress.py takes it
+        expected["top_k"] = common.count_entries(args.top_k, env.tokenizer)
     store = common.Store(args.out / "latents", **expected)
     caps = list(train.caps(args.chunk_size))
     env.config.update(encoder=encoder, store_top_k=store.top_k, caps=caps)

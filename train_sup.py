@@ -219,9 +219,6 @@ def main(argv=None):
     p = common.parser(__doc__, "sup")
     add_flags(p)
     args, env = common.setup(p, "sup", argv)
-    if args.latents == "hidden" and args.top_k:
-        raise UserError(f"--top-k {args.top_k}: a hidden state has no entries to choose from; "
-                        "leave it out")
     llm = initial_model(args, env)
     train, val = splits(args, env)
     if args.data != "toy":  # analyze.py needs the test split: say now if it is missing

@@ -155,7 +155,7 @@ def test_the_pipeline_with_ablations(call, capsys, flags, latent):  # noqa: F811
     assert (report["collapse"] is None) == ("--latents" in flags)
     assert ("cannot be cut" in Path("run/report.html").read_text("utf-8")) == ("--latents" in flags)
     if "--latents" in flags:
-        for script in "compress", "analyze":
+        for script in "compress", "train_latent", "analyze":
             with pytest.raises(UserError, match="a hidden state has no entries"):
                 call(script, "--top-k", 5, "--out", "run")
 
