@@ -1,8 +1,8 @@
 """Bookkeeping that the scripts share: flags, device, files, the store, resuming, log, processes.
 
-A script's own loop does the learning; of what decides how it learns, the presets, the optimizer
-and the schedule are here. In reading order: defaults and flags, the set-up of a script, several
-processes, files, the store of phase 2, the optimizer, a training run.
+Nothing here is about latent reasoning, and of what decides how a model learns only the presets
+are here. In reading order: defaults and flags, the set-up of a script, several processes, files,
+the store of phase 2, a training run.
 """
 import argparse
 import contextlib
@@ -335,6 +335,19 @@ def commit():
     return done.stdout.strip()
 
 
+def compile_blocks(models, args):
+    """torch.compile where --compile says so: of the blocks, which take most of a step's time.
+
+    A graph of a block serves all layers and all widths of the batches; one of the whole loss would
+    be made anew for each width, and of 12 layers that takes half a minute (LAB.md).
+    """
+    if args.compile:
+        torch._dynamo.config.recompile_limit = 32  # of all models and loops of a process
+        for model in models:
+            for block in model.h:
+                block.compile(dynamic=True)
+
+
 def say_next(script, args, env):
     """The command of the next phase, with the folder that this one has written to."""
     if env.rank == 0:
@@ -605,119 +618,6 @@ class Store:
         index = np.minimum(index, len(self.values) - 1)
         values = torch.from_numpy(self.values[index])
         return values, torch.from_numpy(self.ids[index].astype(np.int64))
-
-
-# ------------------------------------------------------------------- the optimizer and its schedule
-
-class Optimizer:
-    """Muon for the matrices of the blocks, AdamW for the embeddings and all vectors, as one.
-
-    models: {model: its peak learning rate}, which stands in each parameter group as `peak_lr`; what
-    is a matrix is decayed. `parameters` lists what they train. Muon (Jordan et al., 2024) makes the
-    step of a matrix orthogonal, and here as large as one of AdamW, so that both take one rate; a
-    model from scratch then needs half of the updates (LAB.md).
-    """
-
-    def __init__(self, models, device):
-        self.parameters, muon, adamw = [], [], []
-        for model, peak_lr in models.items():
-            blocks = [p for p in model.h.parameters() if p.dim() == 2]
-            embeddings = [model.wte.weight, model.wpe.weight]
-            vectors = [p for p in model.parameters() if p.dim() < 2]
-            muon.append({"params": blocks, "peak_lr": peak_lr})
-            adamw.append({"params": embeddings, "peak_lr": peak_lr})
-            adamw.append({"params": vectors, "peak_lr": peak_lr, "weight_decay": 0.0})
-            self.parameters += model.parameters()
-        fused = device.type in ("cpu", "cuda")
-        self.both = (
-            Muon(muon, weight_decay=0.1),
-            torch.optim.AdamW(adamw, weight_decay=0.1, betas=(0.9, 0.95), fused=fused))
-        self.param_groups = [group for one in self.both for group in one.param_groups]
-
-    def step(self):
-        for one in self.both:
-            one.step()
-
-    def zero_grad(self):
-        for one in self.both:
-            one.zero_grad(set_to_none=True)
-
-    def state_dict(self):
-        return [one.state_dict() for one in self.both]
-
-    def load_state_dict(self, states):
-        for one, state in zip(self.both, states, strict=True):
-            one.load_state_dict(state)
-        self.param_groups = [group for one in self.both for group in one.param_groups]
-
-
-class Muon(torch.optim.Optimizer):
-    """torch.optim.Muon with adjust_lr_fn="match_rms_adamw", but in float32 on all but CUDA.
-
-    That one calculates in bfloat16, for which most CPUs have no instructions: there it took 0.6 to
-    0.8 of the time of a training step (LAB.md).
-    """
-
-    def __init__(self, groups, weight_decay, momentum=0.95):
-        super().__init__(groups, dict(lr=0.0, weight_decay=weight_decay, momentum=momentum))
-
-    @torch.no_grad()
-    def step(self):
-        for group in self.param_groups:
-            lr, momentum = group["lr"], group["momentum"]
-            alike = {}  # a few large products take a GPU less time than many small ones
-            for p in [p for p in group["params"] if p.grad is not None]:
-                state = self.state[p]
-                if "momentum_buffer" not in state:
-                    state["momentum_buffer"] = torch.zeros_like(p)
-                mean = state["momentum_buffer"].lerp_(p.grad, 1 - momentum)
-                ahead = p.grad.lerp(mean, momentum)  # Nesterov: this gradient counts once more
-                alike.setdefault(p.shape, []).append((p, ahead))
-            for shape, pairs in alike.items():
-                updates = orthogonalize(torch.stack([ahead for _, ahead in pairs]))
-                for (p, _), update in zip(pairs, updates):
-                    p.mul_(1 - lr * group["weight_decay"])
-                    # an orthogonal matrix has entries of 1/√max(shape) on average, a step of
-                    # AdamW 0.2
-                    p.add_(update, alpha=-0.2 * math.sqrt(max(shape)) * lr)
-
-
-def orthogonalize(matrices):
-    """Matrices U S Vᵀ, (M, rows, columns), with the larger singular values brought to 0.7 … 1.2.
-
-    That is roughly U Vᵀ. Five steps of a Newton–Schulz iteration, each an odd polynomial in the
-    singular values, 3.4445 s − 4.7750 s³ + 2.0315 s⁵. Those below about a hundredth of the largest
-    stay small.
-    """
-    x = matrices.bfloat16() if matrices.is_cuda else matrices
-    tall = x.size(1) > x.size(2)
-    x = x.mT.contiguous() if tall else x
-    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
-    for _ in range(5):
-        gram = x @ x.mT                                                    # (M, rows, rows)
-        even = torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315)
-        x = torch.baddbmm(x, even, x, beta=3.4445)                         # (M, rows, columns)
-    return x.mT if tall else x
-
-
-def schedule(step, steps):
-    """The learning rate as a share of its peak: a ramp over the first 5 %, a cosine down to 0."""
-    ramp = (step + 1) / max(1, steps // 20)
-    cosine = 0.5 + 0.5 * math.cos(math.pi * step / steps)
-    return min(ramp, cosine)
-
-
-def compile_blocks(models, args):
-    """torch.compile where --compile says so: of the blocks, which take most of a step's time.
-
-    A graph of a block serves all layers and all widths of the batches; one of the whole loss would
-    be made anew for each width, and of 12 layers that takes half a minute (LAB.md).
-    """
-    if args.compile:
-        torch._dynamo.config.recompile_limit = 32  # of all models and loops of a process
-        for model in models:
-            for block in model.h:
-                block.compile(dynamic=True)
 
 
 # ----------------------------------------------------------------------------------- a training run

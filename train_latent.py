@@ -19,6 +19,7 @@ from encoder import hidden_as_input, insert_latents, latent_batch, superpose_spa
 from losses import (eot_penalty, gumbel_noise, gumbel_perturb, latent_kl, latent_mse,
                     weighted_nll)
 from model import GPTConfig
+from optim import Optimizer, schedule
 
 
 def add_flags(p):
@@ -80,7 +81,7 @@ def train_latent(llm, store, train, val, args, env):
     train.make_buckets(chain_slots=1 / c)
     common.compile_blocks([llm], args)
     loss_of = hidden_loss if llm.config.hidden_latents else latent_loss
-    optimizer = common.Optimizer({llm: args.lr}, env.device)
+    optimizer = Optimizer({llm: args.lr}, env.device)
     run = common.Run("latent", args, env, {"llm": llm}, optimizer, train, args.steps,
                      depends=("chunk_size", "noise", "start", "encoder", "store_top_k"))
     for step in run:
@@ -97,7 +98,7 @@ def train_latent(llm, store, train, val, args, env):
         common.average_gradients(optimizer.parameters, env.world)
         norm = torch.nn.utils.clip_grad_norm_(optimizer.parameters, 1.0)
         for group in optimizer.param_groups:
-            group["lr"] = group["peak_lr"] * common.schedule(step, args.steps)
+            group["lr"] = group["peak_lr"] * schedule(step, args.steps)
         optimizer.step()
         optimizer.zero_grad()
         run.log(loss=loss, exp=exp, lat=lat, norm=norm)

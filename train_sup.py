@@ -30,6 +30,7 @@ from encoder import (alpha_and_latent, chunk_tokens, draw_followed, encoder_batc
                      summarize, summary_states, supervision_mask)
 from losses import bag_kl, weighted_nll
 from model import GPT, GPT2, GPTConfig
+from optim import Optimizer, schedule
 
 FROM_START = 0.25  # share of problems whose followed text starts before any latent, besides those
                    # that draw_followed draws so among all chunks
@@ -101,7 +102,7 @@ def train_explicit(name, llm, train, val, steps, args, env):
     caps = train.caps(args.chunk_size)
     train.make_buckets(chain_slots=1)
     common.compile_blocks([llm], args)
-    optimizer = common.Optimizer({llm: args.lr}, env.device)
+    optimizer = Optimizer({llm: args.lr}, env.device)
     run = common.Run(name, args, env, {"llm": llm}, optimizer, train, steps)
     for step in run:
         batch = train.train_batch(step, args.batch_size, args.seed, env.rank, env.world)
@@ -112,7 +113,7 @@ def train_explicit(name, llm, train, val, steps, args, env):
         common.average_gradients(optimizer.parameters, env.world)
         norm = torch.nn.utils.clip_grad_norm_(optimizer.parameters, 1.0)
         for group in optimizer.param_groups:
-            group["lr"] = group["peak_lr"] * common.schedule(step, steps)
+            group["lr"] = group["peak_lr"] * schedule(step, steps)
         optimizer.step()
         optimizer.zero_grad()
         run.log(loss=loss, norm=norm)
@@ -129,7 +130,7 @@ def train_superposition(encoder, llm, train, val, args, env):
     # with the followed text, up to 2 + 1/c of the LLM's: one set of buckets for the mean of the two
     train.make_buckets(chain_slots=1.5 + 1 / c)
     common.compile_blocks([encoder, llm], args)
-    optimizer = common.Optimizer({encoder: args.lr, llm: args.lr}, env.device)
+    optimizer = Optimizer({encoder: args.lr, llm: args.lr}, env.device)
     bag_steps = args.bag_steps if args.bag else 0
     models = {"encoder": encoder, "llm": llm}
     run = common.Run("sup", args, env, models, optimizer, train, steps, depends=(
@@ -140,11 +141,11 @@ def train_superposition(encoder, llm, train, val, args, env):
         chunks = chunk_tokens(batch, c).to(env.device)
         with env.autocast():
             if step < bag_steps:  # as long as z means nothing, the LLM has nothing to learn
-                rate = common.schedule(step, bag_steps)
+                rate = schedule(step, bag_steps)
                 kl = bag_loss(encoder, enc, chunks, tokenizer.n_ordinary)
                 sup = torch.zeros_like(kl)
             else:
-                rate = common.schedule(step - bag_steps, steps - bag_steps)
+                rate = schedule(step - bag_steps, steps - bag_steps)
                 follow = draw_followed(batch, c, args.seed, step, env.rank, env.world,
                                        from_start=FROM_START)  # (B,)
                 seq = llm_batch(batch, c, follow, args.follow).to(env.device)

@@ -44,6 +44,7 @@ from encoder import (Layout, chunk_tokens, count_chunks, draw_followed, encoder_
                      ordinary_softmax, pad, split_chunks, summarize, supervision_mask)
 from losses import gumbel_noise, weighted_nll  # noqa: E402
 from model import GPT, GPTConfig  # noqa: E402
+from optim import Optimizer, schedule  # noqa: E402
 from train_latent import latent_loss  # noqa: E402
 from train_sup import explicit_loss, sup_loss  # noqa: E402
 
@@ -182,7 +183,7 @@ class Bench:
         for name in TRAINING:
             models = [self.encoder, self.llm] if name == "phase 1" else [self.llm]
             rates = dict.fromkeys(models, args.lr)
-            self.optimizers[name] = common.Optimizer(rates, self.env.device)
+            self.optimizers[name] = Optimizer(rates, self.env.device)
             self.runs[name] = common.Run(name, args, self.env, {"llm": self.llm},
                                          self.optimizers[name], self.problems, 10 ** 6)
             self.runs[name].bar = tqdm(disable=True)
@@ -227,7 +228,7 @@ class Bench:
         common.average_gradients(optimizer.parameters, self.env.world)
         norm = torch.nn.utils.clip_grad_norm_(optimizer.parameters, 1.0)
         for group in optimizer.param_groups:
-            group["lr"] = group["peak_lr"] * common.schedule(run.step, run.steps)
+            group["lr"] = group["peak_lr"] * schedule(run.step, run.steps)
         optimizer.step()
         optimizer.zero_grad()
         run.log(**losses, norm=norm)

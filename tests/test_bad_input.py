@@ -14,6 +14,7 @@ import analyze
 import common
 import compress
 import data
+import optim
 import train_latent
 import train_sup
 from conftest import ROOT
@@ -396,13 +397,13 @@ def test_weights_that_are_no_numbers_are_not_saved(copy, monkeypatch):
     """The last update can make them so, after its loss was looked at."""
     one_update_less(copy / "latent.state.pt")
     before = contents(copy)
-    step = common.Muon.step
+    step = optim.Muon.step
 
     def too_far(muon):
         step(muon)
         muon.param_groups[0]["params"][0].data.fill_(torch.inf)
 
-    monkeypatch.setattr(common.Muon, "step", too_far)
+    monkeypatch.setattr(optim.Muon, "step", too_far)
     with pytest.raises(data.UserError, match="a weight of latent is no number after 1 updates"):
         train_latent.main(["--out", str(copy), "--steps", "1", "--resume"])
     after = contents(copy)

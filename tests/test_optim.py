@@ -2,7 +2,7 @@
 import pytest
 import torch
 
-import common
+import optim
 
 SHAPES = [(6, 6), (4, 9), (12, 5)]
 
@@ -14,7 +14,7 @@ def test_only_singular_values_change(shape):
     s = s / s.norm()
     for _ in range(5):
         s = 3.4445 * s - 4.7750 * s ** 3 + 2.0315 * s ** 5
-    found, zero = common.orthogonalize(torch.stack([matrix, torch.zeros_like(matrix)]))
+    found, zero = optim.orthogonalize(torch.stack([matrix, torch.zeros_like(matrix)]))
     torch.testing.assert_close(found, u @ s.diag() @ v)
     assert found.shape == shape and 0.6 < s.min() and s.max() < 1.3
     assert (zero == 0).all()
@@ -26,9 +26,9 @@ def test_as_torchs_muon_but_for_bfloat16(monkeypatch):
     start = [torch.randn(shape) for shape in SHAPES]
     gradients = [[torch.randn(shape) for shape in SHAPES] for _ in range(4)]
     ends = []
-    for muon in (common.Muon, torch.optim.Muon):
+    for muon in (optim.Muon, torch.optim.Muon):
         weights = [torch.nn.Parameter(w.clone()) for w in start]
-        kind = {} if muon is common.Muon else {"adjust_lr_fn": "match_rms_adamw"}
+        kind = {} if muon is optim.Muon else {"adjust_lr_fn": "match_rms_adamw"}
         optimizer = muon([{"params": weights, "lr": 0.1}], weight_decay=0.1, **kind)
         for step in gradients:
             for w, gradient in zip(weights, step):

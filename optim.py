@@ -1,0 +1,111 @@
+"""How the weights are updated: Muon for matrices, AdamW for all others, and the learning rate.
+
+    optimizer = Optimizer({encoder: 4e-3, llm: 4e-3}, device)
+    for group in optimizer.param_groups:
+        group["lr"] = group["peak_lr"] * schedule(step, steps)
+    optimizer.step()
+
+The gradient of a matrix often has a few large singular values, so that a step along it changes the
+matrix in few directions. Muon (Jordan et al., 2024) makes the step nearly orthogonal: then all
+directions count alike. Here it is as large as a step of AdamW, so that both take one rate. A model
+from scratch then needs half of the updates (LAB.md).
+"""
+import math
+
+import torch
+
+
+class Optimizer:
+    """Muon for the matrices of the blocks, AdamW for the embeddings and all vectors, as one.
+
+    models: {model: its peak learning rate}, which stands in each parameter group as `peak_lr`; what
+    is a matrix is decayed. `parameters` lists what they train.
+    """
+
+    def __init__(self, models, device):
+        self.parameters, muon, adamw = [], [], []
+        for model, peak_lr in models.items():
+            blocks = [p for p in model.h.parameters() if p.dim() == 2]
+            embeddings = [model.wte.weight, model.wpe.weight]
+            vectors = [p for p in model.parameters() if p.dim() < 2]
+            muon.append({"params": blocks, "peak_lr": peak_lr})
+            adamw.append({"params": embeddings, "peak_lr": peak_lr})
+            adamw.append({"params": vectors, "peak_lr": peak_lr, "weight_decay": 0.0})
+            self.parameters += model.parameters()
+        fused = device.type in ("cpu", "cuda")
+        self.both = (
+            Muon(muon, weight_decay=0.1),
+            torch.optim.AdamW(adamw, weight_decay=0.1, betas=(0.9, 0.95), fused=fused))
+        self.param_groups = [group for one in self.both for group in one.param_groups]
+
+    def step(self):
+        for one in self.both:
+            one.step()
+
+    def zero_grad(self):
+        for one in self.both:
+            one.zero_grad(set_to_none=True)
+
+    def state_dict(self):
+        return [one.state_dict() for one in self.both]
+
+    def load_state_dict(self, states):
+        for one, state in zip(self.both, states, strict=True):
+            one.load_state_dict(state)
+        self.param_groups = [group for one in self.both for group in one.param_groups]
+
+
+class Muon(torch.optim.Optimizer):
+    """torch.optim.Muon with adjust_lr_fn="match_rms_adamw", but in float32 on all but CUDA.
+
+    That one calculates in bfloat16, for which most CPUs have no instructions: there it took 0.6 to
+    0.8 of the time of a training step (LAB.md).
+    """
+
+    def __init__(self, groups, weight_decay, momentum=0.95):
+        super().__init__(groups, dict(lr=0.0, weight_decay=weight_decay, momentum=momentum))
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            lr, momentum = group["lr"], group["momentum"]
+            alike = {}  # a few large products take a GPU less time than many small ones
+            for p in [p for p in group["params"] if p.grad is not None]:
+                state = self.state[p]
+                if "momentum_buffer" not in state:
+                    state["momentum_buffer"] = torch.zeros_like(p)
+                mean = state["momentum_buffer"].lerp_(p.grad, 1 - momentum)
+                ahead = p.grad.lerp(mean, momentum)  # Nesterov: this gradient counts once more
+                alike.setdefault(p.shape, []).append((p, ahead))
+            for shape, pairs in alike.items():
+                updates = orthogonalize(torch.stack([ahead for _, ahead in pairs]))
+                for (p, _), update in zip(pairs, updates):
+                    p.mul_(1 - lr * group["weight_decay"])
+                    # an orthogonal matrix has entries of 1/√max(shape) on average, a step of
+                    # AdamW 0.2
+                    p.add_(update, alpha=-0.2 * math.sqrt(max(shape)) * lr)
+
+
+def orthogonalize(matrices):
+    """Matrices U S Vᵀ, (M, rows, columns), with the larger singular values brought to 0.7 … 1.2.
+
+    That is roughly U Vᵀ. Five steps of a Newton–Schulz iteration, each an odd polynomial in the
+    singular values, 3.4445 s − 4.7750 s³ + 2.0315 s⁵. Those below about a hundredth of the largest
+    stay small.
+    """
+    x = matrices.bfloat16() if matrices.is_cuda else matrices
+    tall = x.size(1) > x.size(2)
+    x = x.mT.contiguous() if tall else x
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+    for _ in range(5):
+        gram = x @ x.mT                                                    # (M, rows, rows)
+        even = torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315)
+        x = torch.baddbmm(x, even, x, beta=3.4445)                         # (M, rows, columns)
+    return x.mT if tall else x
+
+
+def schedule(step, steps):
+    """The learning rate as a share of its peak: a ramp over the first 5 %, a cosine down to 0."""
+    ramp = (step + 1) / max(1, steps // 20)
+    cosine = 0.5 + 0.5 * math.cos(math.pi * step / steps)
+    return min(ramp, cosine)
