@@ -293,7 +293,7 @@ def choose_device(args, world):
 
 
 def choose_precision(args, device):
-    """bfloat16 and torch.compile on a GPU that has them; on a CPU neither is faster (LAB.md)."""
+    """bfloat16 and torch.compile on a GPU that has them; neither on a CPU."""
     gpu = device.type == "cuda"
     if args.dtype is None:
         has_bfloat16 = gpu and torch.cuda.is_bf16_supported(including_emulation=False)

@@ -98,16 +98,17 @@ def report_ecr(folder, train, c):
 
 # ----------------------------------------------------------------------------------------- the loop
 
-def compress(encoder, train, first, meta, args, env):
+def compress(encoder, train, same_as, meta, args, env):
     """Write the store: α of every chunk of `train`. Returns the mass that the kept entries had.
 
-    first: of each problem, the first that is equal to it, which is the one that is read; meta: what
-    the store is made from, as it stands in meta.json.
+    same_as int64 (R,): for each problem the first that is equal to it, itself as a rule. A copy is
+    not read, has no rows of its own, and gets the offset of that one. meta: what the store is made
+    from, as it stands in meta.json.
     """
     folder, c, tokenizer = args.out / "latents", args.chunk_size, env.tokenizer
-    is_first = first == np.arange(len(train))                                  # (R,)
+    is_first = same_as == np.arange(len(train))                                  # (R,)
     n = count_chunks(train.s.length, c) * is_first                             # (R,)
-    offsets = (n.cumsum() - n)[first]                                          # (R,)
+    offsets = (n.cumsum() - n)[same_as]                                        # (R,)
     values, ids, done, mass = open_store(folder, meta, offsets, args)
     made_by = {field: env.config[field] for field in ("commit", "torch", "python")}
     rows = train.order[is_first[train.order]]  # the shortest first
@@ -149,8 +150,8 @@ def main(argv=None):
     common.require_same(args.out / "sup.pt", env.parent["config"], fingerprint=train.fingerprint)
     encoder = common.build(env.parent, "encoder", env.device)
     K = choose_top_k(args, env)
-    first = train.first_equal()
-    different = np.unique(first)
+    same_as = train.first_equal()
+    different = np.unique(same_as)
     latents = int(count_chunks(train.s.length[different], args.chunk_size).sum())
     meta = {"version": 2, "data": args.data, "cot": args.cot, "fingerprint": train.fingerprint,
             "seed": args.seed, "chunk_size": args.chunk_size, "tokenizer": env.tokenizer.name,
@@ -158,7 +159,7 @@ def main(argv=None):
             "dtype": args.dtype, "batch_size": args.batch_size, "problems": len(train),
             "latents": latents}
     env.held = common.lock(args.out)  # held as long as env lives; a Run of a training has one too
-    mass = compress(encoder, train, first, meta, args, env)
+    mass = compress(encoder, train, same_as, meta, args, env)
     equal = f" ({len(different)} different ones)" if len(different) < len(train) else ""
     print(f"{args.out / 'latents'}: {latents} latents of {len(train)} problems{equal}")
     if latents and not encoder.config.hidden_latents:

@@ -34,7 +34,7 @@ class RowState:
         self.pos, self.c, self.tokenizer = pos, c, tokenizer
         self.max_latents, self.max_tokens = max_latents, max_tokens
         self.block_size = block_size
-        self.nx = pos + 1  # the first latent comes after so many positions
+        self.nx = pos + 1  # who thinks in latents begins behind X <bot>, of so many positions
         self.thinking = torch.full((B,), c > 0, device=device)
         self.done = torch.zeros(B, dtype=torch.bool, device=device)
         self.capped = torch.zeros(B, dtype=torch.bool, device=device)
@@ -57,7 +57,7 @@ class RowState:
         written = token.masked_fill(silent, -1)
         self.written += ~silent
         self.done |= ~self.thinking & (token == eos)
-        next_latent = latent_pos(self.nx, self.latents, self.c)
+        next_latent = latent_pos(self.nx, self.latents, self.c)  # not yet counted: it is z_latents
         self.pos = torch.where(self.thinking, next_latent, self.pos + 1)
         full = (self.pos >= self.block_size) | (self.written >= self.max_tokens)
         stopped = ~self.done & full

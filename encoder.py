@@ -33,8 +33,9 @@ class Sequence:
     def __init__(self, question):
         self.ids = []            # token ids; 0 at a latent token, where `insert_latents` puts z
         self.pos = []            # positions
-        self.segment = []        # who sees the slot: 0 every later one; i > 0 those of segment i;
-                                 # -1, a <sum>, only itself
+        self.segment = []        # who sees the slot: 0 all later ones; i > 0 later ones of segment
+                                 # i: 1 … n−1 chunk S_i, n the answer, n + 1 the followed text;
+                                 # -1 itself alone: a <sum>
         self.latent = []         # i + 1 at z_i, else 0
         self.predict_index = []  # slots whose logits predict a token: the slot before it,
         self.target = []         # that token,
@@ -127,6 +128,8 @@ def llm_layout(question, chunks, answer, c, follow=None, follow_weight=1.0):
         token     X  X  <bot>  z₀ c  d  e <eot> Ans z₁ e  z₂ <eot> Ans               follow = 0
         position  0  1  2      4  5  6  7 8     9   6  7  8  9     10
         segment   0  0  0      0  4  4  4 4     4   0  2  0  3     3
+
+    <eot> stands at 9 behind z₂, where the last chunk counts as full, and at 8 behind the text e.
     """
     row = Sequence(question)
     nx, n = len(question), len(chunks)
@@ -144,6 +147,7 @@ def llm_layout(question, chunks, answer, c, follow=None, follow_weight=1.0):
             row.add_text(text, pos + 1, segment=i + 1, loss_weight=loss_weight)
         else:
             rest = sum(parts[i + 2:], [])
+            # the text S_{k+1} is there once, for ℓ_sup and as the beginning of what is followed
             followed = follow_weight / (len(text) + len(rest))
             row.add_text(text, pos + 1, segment=n + 1, loss_weight=loss_weight + followed)
             row.add_text(rest, pos + 1 + len(text), segment=n + 1, loss_weight=followed)
@@ -269,9 +273,9 @@ def explicit_batch(batch):
 def draw_followed(batch, c, seed, step, rank=0, world=1, from_start=0.0):
     """For each problem at random the k of llm_layout's `follow`: an int64 array (B,).
 
-    It is −1 with probability `from_start`, otherwise one of −1 … n−1, all equally likely. The
-    random numbers are a function of (seed, step), so that a resumed run draws the same; process
-    `rank` of `world` takes those of its own problems.
+    It is −1 with probability `from_start`, otherwise one of −1 … n−1, all equally likely: so −1 has
+    from_start + (1 − from_start) / (n + 1). The random numbers are a function of (seed, step), so
+    that a resumed run draws the same; process `rank` of `world` takes those of its own problems.
     """
     n = np.array([count_chunks(len(p.chain), c) for p in batch.problems])
     rng = np.random.default_rng([seed, step, 1])  # 1: apart from the other draws of a step

@@ -81,17 +81,17 @@ class Muon(torch.optim.Optimizer):
                 updates = orthogonalize(torch.stack([ahead for _, ahead in pairs]))
                 for (p, _), update in zip(pairs, updates):
                     p.mul_(1 - lr * group["weight_decay"])
-                    # an orthogonal matrix has entries of 1/√max(shape) on average, a step of
-                    # AdamW 0.2
+                    # the entries of U Vᵀ have the root mean square 1/√max(shape), and those of a
+                    # step of AdamW mostly about 0.2
                     p.add_(update, alpha=-0.2 * math.sqrt(max(shape)) * lr)
 
 
 def orthogonalize(matrices):
     """Matrices U S Vᵀ, (M, rows, columns), with the larger singular values brought to 0.7 … 1.2.
 
-    That is roughly U Vᵀ. Five steps of a Newton–Schulz iteration, each an odd polynomial in the
-    singular values, 3.4445 s − 4.7750 s³ + 2.0315 s⁵. Those below about a hundredth of the largest
-    stay small.
+    That is roughly U Vᵀ. Five steps of a Newton–Schulz iteration, each of which takes every singular
+    value s to s · (3.4445 − 4.7750 s² + 2.0315 s⁴): `even` is the factor but for its constant. Those
+    below about a hundredth of the largest stay small.
     """
     x = matrices.bfloat16() if matrices.is_cuda else matrices
     tall = x.size(1) > x.size(2)

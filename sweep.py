@@ -7,9 +7,10 @@
     python sweep.py --smoke                           # all of it with tiny budgets, to try it out
 
 A setting is one line of SETTINGS: the flags that it adds to train_sup, compress and train_latent.
-It takes five stages: warm-up, phase 1, store, phase 3, analysis. Each stage has a folder in --out,
-named after the flags that led to it, and is one run of one script there: the files of the earlier
-stages are linked into it, then the script goes on from them. So settings that agree up to a stage
+It takes five stages: warm-up, phase 1, store, phase 3, analysis, and before the last one perhaps the
+baselines. Each stage has a folder in --out, named after the flags that led to it, and is one run of
+one script there: the files of the earlier stages are linked into it, then the script goes on from
+them. So settings that agree up to a stage
 share it. What the script says is in the folder's stage.log, with its command on top.
 
 Stages run side by side, each in a process of its own (forked: on Linux or macOS). After Ctrl-C, or

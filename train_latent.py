@@ -88,7 +88,8 @@ def train_latent(llm, store, train, val, args, env):
         batch = train.train_batch(step, args.batch_size, args.seed, env.rank, env.world)
         seq = latent_batch(batch, c).to(env.device)
         values, ids = store.read(batch.rows, seq.summary_index.size(1))        # (B, N, K)
-        shape = args.batch_size, *values.shape[1:]  # of all processes, so that each has its own
+        # drawn for the whole batch, so that it is the same among however many processes
+        shape = args.batch_size, *values.shape[1:]                             # (batch, N, K)
         noise = gumbel_noise(args.seed, step, shape, args.noise)[env.rank::env.world]
         values, ids, noise = values.to(env.device), ids.to(env.device), noise.to(env.device)
         with env.autocast():

@@ -50,12 +50,12 @@ def add_flags(p):
         "loss alone")
     add("--follow", type=float, default=1.0, help="weight of the text that is followed to the end "
         "behind one z of each problem (default: 1; 0 = ℓ_sup without such a text)")
-    add("--encoder-first", type=int, default=0, metavar="N", help="the LLM is frozen in the first "
-        "N updates after those, as in the authors' code (default: 0)")
+    add("--encoder-first", type=int, default=0, metavar="N", help="the LLM stays "
+        "frozen for N updates after --bag-steps, as in the released code (default: 0)")
     add("--ltim", choices=["on", "off"], default="on", help="off: a summary token sees the "
         "earlier ones")
     add("--ltsum", choices=["on", "local", "off"], default="on", help="what a chunk sees. local: "
-        "the z before it and itself, as in the authors' code; off: all text before it as well")
+        "the z before it and itself, as in the released code; off: all text before it as well")
     add("--latents", choices=["superposition", "hidden"], default="superposition", help="hidden: "
         "z is the encoder's last hidden state, and phase 3 learns it by regression")
 
@@ -145,7 +145,7 @@ def train_superposition(encoder, llm, train, val, args, env):
                 kl = bag_loss(encoder, enc, chunks, tokenizer.n_ordinary)
                 sup = torch.zeros_like(kl)
             else:
-                rate = schedule(step - bag_steps, steps - bag_steps)
+                rate = schedule(step - bag_steps, steps - bag_steps)  # a ramp and a cosine again
                 follow = draw_followed(batch, c, args.seed, step, env.rank, env.world,
                                        from_start=FROM_START)  # (B,)
                 seq = llm_batch(batch, c, follow, args.follow).to(env.device)
