@@ -277,20 +277,8 @@ def load_baselines(args, env):
         same = {field: env.config[field] for field in fields}
         common.require_same(path, checkpoints[file]["config"], **same)
     if "sft" in checkpoints:
-        require_one_warm_up(args.out, {**checkpoints, "sup": env.parent})
+        common.require_one_warm_up(args.out, {**checkpoints, "sup": env.parent})
     return checkpoints
-
-
-def require_one_warm_up(out, checkpoints):
-    """sup.pt and explicit.pt go on from sft.pt, no_cot.pt from where that began, or UserError."""
-    sft = checkpoints["sft"]
-    begin, end = sft["config"].get("initial_weights"), common.identity(sft["models"]["llm"])
-    starts = {"sup": end, "explicit": end, "no_cot": begin}
-    for file, start in starts.items():
-        if file in checkpoints and checkpoints[file]["config"].get("initial_weights") != start:
-            flag = "" if file == "sup" else " --baselines"
-            raise UserError(f"{out / file}.pt belongs to another sft.pt than the one beside it; "
-                            f"make it again with: python train_sup.py{flag} --overwrite")
 
 
 def ask(args, env, llm, caps, top_k):

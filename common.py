@@ -312,7 +312,7 @@ def choose_tokenizer(args, parent):
         return Tokenizer("toy")
     used = parent["config"]["tokenizer"] if parent else None
     if used is None and args.init not in ("scratch", *GPT2):
-        used = load_checkpoint(Path(args.init))["config"]["tokenizer"]
+        used = load_checkpoint(Path(args.init))["config"].get("tokenizer", "unknown")
     if used == "gpt2" or used is None and args.init in GPT2:
         return Tokenizer("gpt2")
     train = load(args.data, "train", args.data_dir, args.cot, args.seed, easy=args.easy)
@@ -360,12 +360,17 @@ def start(main):
         sys.stdout.reconfigure(errors="replace")  # a terminal without α is no reason to stop
     try:
         main()
+        if sys.stdout:
+            sys.stdout.flush()
         if dist.is_initialized():
             dist.barrier()  # nobody leaves while another process still communicates
     except KeyboardInterrupt:
         raise SystemExit("stopped; what was saved before is untouched")
     except OSError as error:
-        raise UserError(f"{error.filename or 'the system'}: {error.strerror or error}")
+        if not error.filename and sys.stdout:  # perhaps nobody reads the output any more: then what
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # is left of it would fail at the exit
+        raise UserError(f"{error.filename or 'the output, or the system'}: "
+                        f"{error.strerror or error}")
     except (MemoryError, RuntimeError) as error:
         if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
             why = next(line for line in str(error).splitlines() + ["no reason given"] if line)
@@ -490,7 +495,8 @@ def load_checkpoint(path):
         raise UserError(f"{path}: no such file{hint}")
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
-        return {"path": path, "models": {}, "config": saved["config"], **saved}
+        return {**saved, "path": path, "models": dict(saved.get("models", {})),
+                "config": dict(saved["config"])}
     except PermissionError:
         raise  # for `start` to say
     except Exception as error:  # a truncated or foreign file fails in many ways
@@ -522,6 +528,18 @@ def identity(weights):
     for name, tensor in sorted(weights.items()):
         digest.update(name.encode() + tensor.cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+def require_one_warm_up(out, checkpoints):
+    """sup.pt and explicit.pt go on from sft.pt, no_cot.pt from where that began, or UserError."""
+    sft = checkpoints["sft"]
+    begin, end = sft["config"].get("initial_weights"), identity(sft["models"]["llm"])
+    starts = {"sup": end, "explicit": end, "no_cot": begin}
+    for file, start in starts.items():
+        if file in checkpoints and checkpoints[file]["config"].get("initial_weights") != start:
+            flag = "" if file == "sup" else " --baselines"
+            raise UserError(f"{out / file}.pt belongs to another sft.pt than the one beside it; "
+                            f"make it again with: python train_sup.py{flag} --overwrite")
 
 
 # --------------------------------------------------------------- the store: phase 2 writes, 3 reads
@@ -575,6 +593,8 @@ def load_arrays(folder, mode, *names):
             # a file that is too short is refused when it is opened to read; "r+" would fill it up
             for opened in dict.fromkeys(("r", mode)):
                 array = np.load(folder / f"{name}.npy", mmap_mode=opened, allow_pickle=False)
+            if not isinstance(array, np.ndarray):
+                raise ValueError(f"{name}.npy holds several arrays")
             arrays.append(array)
         except (OSError, ValueError, EOFError) as error:
             raise UserError(f"{folder} cannot be read ({error}); {make_again(folder)}")
@@ -596,7 +616,7 @@ class Store:
     def __init__(self, folder, **expected):
         if not (folder / "meta.json").exists():
             raise UserError(f"{folder}: no such store; run compress.py first, with the same --out")
-        meta = read_meta(folder, "complete", "top_k", "latents")
+        meta = read_meta(folder, "complete", "top_k", "latents", "problems")
         if not meta["complete"]:
             raise UserError(f"{folder} is unfinished; finish it with: python compress.py --resume "
                             f"--out {folder.parent}")
@@ -605,8 +625,9 @@ class Store:
         self.top_k = meta["top_k"]
         arrays = self.values, self.ids, self.offsets
         kinds = [array.dtype.kind for array in arrays]
-        if kinds != ["f", "i", "i"] or self.offsets.ndim != 1 or not (
-                self.values.shape == self.ids.shape == (max(1, meta["latents"]), self.top_k)):
+        if kinds != ["f", "i", "i"] or self.offsets.shape != (meta["problems"],) or not (
+                self.values.shape == self.ids.shape == (max(1, meta["latents"]), self.top_k)
+                and (0 <= self.offsets).all() and (self.offsets <= meta["latents"]).all()):
             raise UserError(f"{folder}: its arrays do not fit each other; {make_again(folder)}")
 
     def read(self, rows, N):
@@ -660,6 +681,7 @@ class Run:
 
     def __init__(self, name, args, env, models, optimizer, problems, steps, depends=()):
         self.name, self.args, self.env, self.steps = name, args, env, steps
+        self.depends = (*self.DEPENDS, *depends)
         self.models, self.optimizer = models, optimizer
         if env.rank == 0 and not hasattr(env, "held"):
             env.held = lock(args.out)
@@ -671,9 +693,9 @@ class Run:
         self.config = dict(env.config, fingerprint=problems.fingerprint, model=asdict(first.config),
                            updates=steps, initial_weights=identity(first.state_dict()))
         if args.resume and self.state.exists():
-            self.restore(depends)
+            self.restore()
         elif args.resume and self.path.exists():
-            self.require_little_is_lost(depends)
+            self.require_little_is_lost()
         elif args.overwrite and env.rank == 0:  # the old model stays until there is a new one
             self.state.unlink(missing_ok=True)
         elif not (args.resume or args.overwrite) and (self.path.exists() or self.state.exists()):
@@ -685,30 +707,30 @@ class Run:
         if env.world > 1:
             dist.barrier()  # all have seen what was there before the first one writes
 
-    def load_own(self, path, depends):
+    def load_own(self, path):
         """A checkpoint of this run. Raises UserError where it is of another one."""
         saved = load_checkpoint(path)
-        expected = {field: self.config[field] for field in (*self.DEPENDS, *depends)}
+        expected = {field: self.config[field] for field in self.depends}
         require_same(path, saved["config"], **expected)
         return saved
 
-    def restore(self, depends):
-        saved = self.load_own(self.state, depends)
+    def restore(self):
+        saved = self.load_own(self.state)
         try:
             for name, model in self.models.items():
                 model.load_state_dict(saved["models"][name])
             self.optimizer.load_state_dict(saved["optimizer"])
             self.step, self.best = saved["step"], saved["best"]
-        except (KeyError, ValueError, RuntimeError) as error:
+        except (KeyError, ValueError, RuntimeError, TypeError, AttributeError) as error:
             raise UserError(f"{self.state} lacks what it takes to go on ({type(error).__name__}); "
                             "start over with --overwrite")
 
-    def require_little_is_lost(self, depends):
+    def require_little_is_lost(self):
         """A model without its state: start over only if it is that of the first evaluation.
 
         Then the run was killed between writing the two. Raises UserError otherwise.
         """
-        saved = self.load_own(self.path, depends)
+        saved = self.load_own(self.path)
         if saved["step"] > min(self.args.eval_every, self.steps):
             raise UserError(f"{self.state}: no such file, and without it {self.path.name} cannot "
                             "be trained on; start over with --overwrite")
@@ -723,7 +745,7 @@ class Run:
         rows = path.read_bytes().splitlines(True) if going_on and path.exists() else []
         kept = []
         for row in rows:
-            found = re.match(rb'{"step": (\d+),.*}\n$', row)
+            found = re.match(rb'{"step": (\d{1,18}),.*}\n$', row)
             if found and int(found[1]) <= self.step:
                 kept.append(row)
         write(path, lambda file: file.writelines(kept))
@@ -809,12 +831,13 @@ class Run:
         """Log a validation score; save the models if none was better, and the state in any case."""
         seconds = round(time.time() - self.started, 1)
         self.record(step=self.step, score=score, seconds=seconds, **figures)
-        shown = "  ".join(f"{k} {v:.3g}" for k, v in {**self.figures, **figures}.items())
-        tqdm.write(f"{self.name} {self.step:5d}  validation {score:.3f}  {shown}")
         if score >= self.best:
             self.best = score
             self.write(self.path, step=self.step, score=score)
         self.save_state()
+        # last, since nobody may read the output any more
+        shown = "  ".join(f"{k} {v:.3g}" for k, v in {**self.figures, **figures}.items())
+        tqdm.write(f"{self.name} {self.step:5d}  validation {score:.3f}  {shown}")
 
     def save_state(self):
         if self.env.rank == 0:
@@ -834,10 +857,10 @@ class Run:
                     (self.args.out / file).unlink(missing_ok=True)
 
     def best_model(self, name):
-        """The GPT that this run kept."""
+        """The GPT that this run kept. Raises UserError where its file is of another run by now."""
         if self.env.world > 1:
             dist.barrier()  # until rank 0 has written it
-        return build(load_checkpoint(self.path), name, self.env.device)
+        return build(self.load_own(self.path), name, self.env.device)
 
 
 def read_curve(path):
@@ -849,10 +872,10 @@ def read_curve(path):
     for line in path.read_text("utf-8", "replace").splitlines():
         row = json.loads(line)
         if "loss" in row:
-            losses.append(row["loss"])
+            losses.append(float(row["loss"]))
         elif "score" in row:
-            curve["step"].append(row["step"])
-            curve["score"].append(row["score"])
+            curve["step"].append(int(row["step"]))
+            curve["score"].append(float(row["score"]))
             curve["loss"].append(sum(losses) / max(1, len(losses)))
             losses = []
     return curve if curve["step"] else None
@@ -865,7 +888,7 @@ def read_curves(out):
         path = out / f"{name}.jsonl"
         try:
             curves[name] = read_curve(path) if path.is_file() else None
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             print(f"no learning curve of {name}: {path} is damaged")
             curves[name] = None
     return {name: curve for name, curve in curves.items() if curve}

@@ -106,7 +106,7 @@ def compress(encoder, train, same_as, meta, args, env):
     from, as it stands in meta.json.
     """
     folder, c, tokenizer = args.out / "latents", args.chunk_size, env.tokenizer
-    is_first = same_as == np.arange(len(train))                                  # (R,)
+    is_first = same_as == np.arange(len(train))                                # (R,)
     n = count_chunks(train.s.length, c) * is_first                             # (R,)
     offsets = (n.cumsum() - n)[same_as]                                        # (R,)
     values, ids, done, mass = open_store(folder, meta, offsets, args)

@@ -1,7 +1,8 @@
 """The paper's equations: what the models minimise, as short pure functions.
 
-    phase 1   ℓ_sup  = 1/n Σ_i 1/|J_i| Σ_{t∈J_i} −log p(x_t | X, z₀ … z_i)       weighted_nll
-              where J_i are the tokens of chunk S_{i+1}, or of <eot> Ans for i = n − 1
+    phase 1   ℓ_sup  = 1/n Σ_i 1/|J_i| Σ_{t∈J_i} −log p(x_t | …)                 weighted_nll
+              where … are X, z₀ … z_i and the tokens of J_i before t, and J_i are the tokens of
+              chunk S_{i+1}, or of <eot> Ans for i = n − 1
     phase 3   L_auto = L_exp + L_lat
               L_exp  = mean over the tokens of <eot> Ans of −log q               weighted_nll
               L_lat  = mean over i of KL(p̃_i ‖ q_i)                              latent_kl

@@ -7,8 +7,8 @@
     python sweep.py --smoke                           # all of it with tiny budgets, to try it out
 
 A setting is one line of SETTINGS: the flags that it adds to train_sup, compress and train_latent.
-It takes five stages: warm-up, phase 1, store, phase 3, analysis, and before the last one perhaps the
-baselines. Each stage has a folder in --out, named after the flags that led to it, and is one run of
+It takes five stages: warm-up, phase 1, store, phase 3, analysis; the baselines are one more before
+the last. Each stage has a folder in --out, named after the flags that led to it, and is one run of
 one script there: the files of the earlier stages are linked into it, then the script goes on from
 them. So settings that agree up to a stage
 share it. What the script says is in the folder's stage.log, with its command on top.
@@ -220,6 +220,8 @@ def read_record(folder, stage):
     if not path.exists():
         return {"flags": stage.flags, "seconds": 0.0, "done": False}
     record = common.read_json(path)
+    if not {"flags", "seconds", "done"} <= record.keys():
+        raise UserError(f"{path} is damaged; delete {folder}, and the same command makes it again")
     if record["flags"] != stage.flags:
         raise UserError(f"{folder} was made with the flags '{shlex.join(record['flags'])}', here "
                         f"they are '{shlex.join(stage.flags)}'; choose another --out")

@@ -123,7 +123,10 @@ def main(argv=None):
     store = common.Store(args.out / "latents", **expected)
     caps = list(train.caps(args.chunk_size))
     env.config.update(encoder=encoder, store_top_k=store.top_k, caps=caps)
-    start = env.parent if args.start == "sup" else common.load_checkpoint(args.out / "sft.pt")
+    start = env.parent
+    if args.start == "sft":
+        start = common.load_checkpoint(args.out / "sft.pt")
+        common.require_one_warm_up(args.out, {"sft": start, "sup": env.parent})
     llm = common.build(start, "llm", env.device)
     llm.config = GPTConfig(**env.parent["config"]["model"])  # sft.pt has no ablations of phase 1
     train_latent(llm, store, train, val, args, env)

@@ -168,6 +168,15 @@ def test_an_init_that_cannot_be(tmp_path, init, says, capsys):
     refused("train_sup", ["--init", init, "--out", tmp_path / "run"], tmp_path, says, capsys)
 
 
+def test_an_init_of_another_project(tmp_path, capsys, gpt2_tokenizer):
+    for number, config in enumerate([{"dataset": "x"}, 5]):
+        torch.save({"model": {}, "config": config}, tmp_path / f"{number}.pt")
+        says = "not a checkpoint of this project" if number else "tokenizer"
+        for flags in [], ["--data", SAMPLE]:
+            flags = [*TINY[6:], *flags, "--init", tmp_path / f"{number}.pt"]
+            refused("train_sup", [*flags, "--out", tmp_path / "run"], tmp_path, says, capsys)
+
+
 def test_a_folder_without_its_test_split_is_refused_before_training(
         tmp_path, capsys, gpt2_tokenizer):
     rows = [{"question": f"What is {i} + 1?", "answer": f"<<{i}+1={i + 1}>> #### {i + 1}"}
@@ -238,8 +247,11 @@ def test_a_model_without_its_state_is_not_trained_over(copy, capsys):
     (copy / "sft.state.pt").unlink()
     refused("train_sup", [*TINY, "--seed", 1, "--out", copy, "--resume"], copy,
             "seed = 0, here it is 1", capsys)
-    shutil.copy(copy / "sft.pt", copy / "sft.state.pt")  # it has no optimizer
-    refused("train_sup", [*TINY, "--out", copy, "--resume"], copy, "lacks what it takes", capsys)
+    saved = torch.load(copy / "sft.pt", weights_only=True)
+    for damaged in {}, {"optimizer": None}, {"optimizer": [1]}:
+        torch.save({**saved, **damaged}, copy / "sft.state.pt")
+        command = [*TINY, "--out", copy, "--resume"]
+        refused("train_sup", command, copy, "lacks what it takes", capsys)
 
 
 def test_other_baselines_are_not_compared_with(copy, capsys):
@@ -262,6 +274,18 @@ def test_what_follows_from_another_warm_up_is_not_compared_with(copy, file, caps
 def test_baselines_start_as_the_warm_up_did(copy, capsys):
     flags = [*TINY[6:], "--init", copy / "sft.pt", "--baselines", "--out", copy]
     refused("train_sup", flags, copy, "init = scratch, here it is ", capsys)
+
+
+def test_a_phase_does_not_start_from_another_warm_up(copy, tmp_path, capsys):
+    """Neither phase 1, resumed before its first evaluation, nor phase 3 with --start sft."""
+    other = tmp_path / "other"
+    train_sup.main([*TINY, "--seed", "1", "--out", str(other)])
+    shutil.copy(other / "sft.pt", copy)
+    refused("train_latent", ["--start", "sft", "--steps", 1, "--overwrite", "--out", copy], copy,
+            "sup.pt belongs to another sft.pt", capsys)
+    for file in "sup.pt", "sup.state.pt":
+        (copy / file).unlink()
+    refused("train_sup", [*TINY, "--resume", "--out", copy], copy, "seed = 1, here it is 0", capsys)
 
 
 @pytest.mark.parametrize("script", ["compress", "train_latent", "analyze"])
@@ -313,6 +337,10 @@ def test_a_broken_or_malicious_checkpoint(copy, spoil, says, capsys, monkeypatch
     (lambda d: np.save(d / "ids.npy", np.zeros((5, 50), np.int32)), "do not fit each other"),
     (lambda d: np.save(d / "values.npy", np.zeros(9, np.float32)), "do not fit each other"),
     (lambda d: np.save(d / "offsets.npy", np.zeros(9)), "do not fit each other"),
+    (lambda d: np.save(d / "offsets.npy", np.zeros(9, np.int64)), "do not fit each other"),
+    (lambda d: np.save(d / "offsets.npy", np.full(32, 10 ** 6)), "do not fit each other"),
+    (lambda d: np.save(d / "offsets.npy", np.full(32, -1)), "do not fit each other"),
+    (lambda d: save_several(d / "values.npy"), "values.npy holds several arrays"),
 ])
 def test_a_store_that_does_not_fit(copy, spoil, says, capsys):
     spoil(copy / "latents")
@@ -334,6 +362,11 @@ def test_a_store_cut_short_is_not_filled_up(copy, capsys):
     path.write_bytes(path.read_bytes()[:2000])
     edit(copy / "latents" / "meta.json", done=0, complete=False)
     refused("compress", ["--out", copy, "--resume"], copy, "cannot be read", capsys)
+
+
+def save_several(path):
+    with open(path, "wb") as file:
+        np.savez(file, np.zeros(9), np.zeros(9))
 
 
 def edit(path, **changes):
@@ -445,7 +478,7 @@ def test_a_folder_that_another_process_writes_to(copy, capsys):
 def test_a_damaged_log_does_not_stop_a_run(copy):
     log = copy / "latent.jsonl"
     whole = log.read_bytes()
-    log.write_bytes(whole + b'{"step": 1, "lo' + b"\n\xff\x00\n")
+    log.write_bytes(whole + b'{"step": 1, "lo' + b'\n\xff\x00\n{"step": ' + b"9" * 5000 + b", 1}\n")
     train_latent.main(["--out", str(copy), "--steps", "1", "--resume"])
     assert log.read_bytes() == whole
 
@@ -474,6 +507,30 @@ def test_what_the_compiler_cannot_do_is_one_sentence():
 def test_without_an_output_a_script_runs(monkeypatch):
     monkeypatch.setattr(sys, "stdout", None)
     common.start(lambda: None)
+
+
+def test_an_output_that_nobody_reads_loses_no_evaluation(copy, monkeypatch):
+    """The model and its state are saved before a line is printed, which may end the run."""
+    def broken(text):
+        raise BrokenPipeError(32, "Broken pipe")
+
+    for file in copy.glob("latent.*"):
+        file.unlink()
+    monkeypatch.setattr(common.tqdm, "write", broken)
+    with pytest.raises(BrokenPipeError):
+        train_latent.main(["--out", str(copy), "--steps", "1"])
+    for file in "latent.pt", "latent.state.pt":
+        assert torch.load(copy / file, weights_only=True)["step"] == 1
+
+
+def test_a_full_output_is_one_sentence():
+    if not os.path.exists("/dev/full"):
+        pytest.skip("/dev/full is needed, which always is")
+    code = "import common; common.start(lambda: print(5))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, stdout=open("/dev/full", "w"),
+                          stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 1
+    assert done.stderr == "the output, or the system: No space left on device\n"
 
 
 def test_a_link_to_itself_is_no_data(tmp_path, monkeypatch, capsys):

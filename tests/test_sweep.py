@@ -242,6 +242,12 @@ def test_a_damaged_report_is_one_sentence(tmp_path):
             sweep.read_figures(tmp_path, "latent")
 
 
+def test_a_damaged_record_of_a_stage_is_one_sentence(tmp_path):
+    (tmp_path / "stage.json").write_text("{}")
+    with pytest.raises(UserError, match="stage.json is damaged; delete "):
+        sweep.read_record(tmp_path, sweep.Stage("warm-up", 0, [], [], []))
+
+
 def test_what_makes_no_sense_is_refused(tmp_path):
     with pytest.raises(UserError, match="--only c=3: no such setting; there are default, "):
         sweep.main(["--only", "c=3"])
