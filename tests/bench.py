@@ -146,7 +146,8 @@ def random_store(folder, problems, c, n_ordinary):
     np.save(folder / "values.npy", rng.dirichlet([0.1] * K, total).astype(np.float32))
     np.save(folder / "ids.npy", rng.integers(0, n_ordinary, (total, K)).astype(np.int32))
     np.save(folder / "offsets.npy", n.cumsum() - n)
-    common.write_json(folder / "meta.json", dict(complete=True, top_k=K, latents=total))
+    common.write_json(folder / "meta.json", dict(
+        complete=True, top_k=K, latents=total, problems=len(problems)))
     return common.Store(folder)
 
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch._dynamo as dynamo
 
+import common
 import train_latent
 import train_sup
 from conftest import VOCAB
@@ -86,7 +87,8 @@ def run(phase, problems, tokenizer, out):
         bag_steps=BAG_STEPS, encoder_first=0, follow=1.0, ltsum="on",
         noise=1.0, start="sup")
     env = SimpleNamespace(
-        device=torch.device("cpu"), rank=0, world=1, config={}, tokenizer=tokenizer,
+        device=torch.device("cpu"), rank=0, world=1, tokenizer=tokenizer,
+        config=dict.fromkeys(common.Run.DEPENDS),
         autocast=lambda: torch.autocast("cpu", enabled=False))
     if phase == "sft":
         train_sup.train_explicit(phase, llm, problems, problems, STEPS, args, env)

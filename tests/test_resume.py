@@ -1,6 +1,5 @@
 """A run that was killed and goes on ends bit for bit as one that never was."""
 import json
-import shutil
 import signal
 
 import pytest
@@ -236,7 +235,9 @@ def test_a_new_warm_up_leaves_no_old_phase_1(tmp_path, monkeypatch):
     train_sup.main([*longer, "--resume"])
     warm_up = common.identity(load(tmp_path / "sft.pt")["models"]["llm"])
     assert load(tmp_path / "sup.pt")["config"]["initial_weights"] == warm_up
-    shutil.copy(tmp_path / "sup.pt", tmp_path / "sft.pt")  # it has another llm
+    another = load(tmp_path / "sft.pt")
+    another["models"]["llm"]["wte.weight"] += 1
+    torch.save(another, tmp_path / "sft.pt")
     with pytest.raises(data.UserError, match="sup.state.pt was made with initial_weights"):
         train_sup.main([*longer, "--resume"])
 
