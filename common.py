@@ -1,7 +1,7 @@
 """Bookkeeping that the scripts share: flags, device, files, the store, resuming, log, processes.
 
-Nothing here is about latent reasoning, and of what decides how a model learns only the presets
-are here. In reading order: defaults and flags, the set-up of a script, several processes, files,
+Nothing here teaches latent reasoning, and of what decides how a model learns only the presets are
+here. In reading order: defaults and flags, the set-up of a script, several processes, files,
 the store of phase 2, a training run.
 """
 import argparse

@@ -57,7 +57,8 @@ class RowState:
         written = token.masked_fill(silent, -1)
         self.written += ~silent
         self.done |= ~self.thinking & (token == eos)
-        next_latent = latent_pos(self.nx, self.latents, self.c)  # not yet counted: it is z_latents
+        # of z_i with i = latents, those taken so far: the next one is counted below
+        next_latent = latent_pos(self.nx, self.latents, self.c)
         self.pos = torch.where(self.thinking, next_latent, self.pos + 1)
         full = (self.pos >= self.block_size) | (self.written >= self.max_tokens)
         stopped = ~self.done & full

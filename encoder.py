@@ -336,7 +336,7 @@ def supervision_mask(segment):
 
 
 def local_supervision_mask(segment, latent):
-    """Ablation, as in the authors' code: a chunk sees the z just before it and itself, not even X.
+    """Ablation, as in the released code: a chunk sees the z just before it and itself, not even X.
 
     The latents, the answer and the text that is followed to the end, which begins with a chunk, see
     what they see under `supervision_mask`. segment, latent (B, T) -> bool (B, T, T).

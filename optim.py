@@ -89,8 +89,8 @@ class Muon(torch.optim.Optimizer):
 def orthogonalize(matrices):
     """Matrices U S Vᵀ, (M, rows, columns), with the larger singular values brought to 0.7 … 1.2.
 
-    That is roughly U Vᵀ. Each of the five steps, of a Newton–Schulz iteration, takes a singular value
-    s to s · (3.4445 − 4.7750 s² + 2.0315 s⁴); `even` is this factor without its 3.4445. Values below
+    That is roughly U Vᵀ. Each of five steps of a Newton–Schulz iteration takes a singular value s
+    to s · (3.4445 − 4.7750 s² + 2.0315 s⁴); `even` is this factor without its 3.4445. Values below
     about a hundredth of the largest stay small.
     """
     x = matrices.bfloat16() if matrices.is_cuda else matrices

@@ -527,8 +527,9 @@ def test_a_full_output_is_one_sentence():
     if not os.path.exists("/dev/full"):
         pytest.skip("/dev/full is needed, which always is")
     code = "import common; common.start(lambda: print(5))"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, stdout=open("/dev/full", "w"),
-                          stderr=subprocess.PIPE, text=True)
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, stdout=full,
+                              stderr=subprocess.PIPE, text=True)
     assert done.returncode == 1
     assert done.stderr == "the output, or the system: No space left on device\n"
 
