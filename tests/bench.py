@@ -475,7 +475,7 @@ def print_parts(table):
 
 
 def job_memory(bench, name, job):
-    """MiB at most. On a GPU as if it ran alone: its weights, the optimizer's state, what it uses."""
+    """MiB at most. On a GPU as if it ran alone: weights, the optimizer's state, what it uses."""
     device = bench.env.device
     if device.type != "cuda":
         return peak_memory(device)
