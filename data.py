@@ -18,6 +18,7 @@ import urllib.request
 import zlib
 from dataclasses import dataclass
 from decimal import Decimal
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -591,13 +592,13 @@ def new_numbers(rows, split, args, rank):
         return split_of(question) == kind and question not in own
 
     copies = range(args.renumber if split == "train" else 1)
-    drawn = [problem for copy in copies for problem in renumbered(found, args.seed, copy, wanted)]
+    drawn = (problem for copy in copies for problem in renumbered(found, args.seed, copy, wanted))
     if split != "train":
-        return drawn
+        return list(islice(drawn, MAX_PROBLEMS.get(split)))  # few draws are wanted: no more of them
     if rank == 0:
         print(f"{len(rows) - reasons.total()} of {len(rows)} training problems can be given new "
               "numbers", *(f"; {why}: {n}" for why, n in reasons.items()), sep="")
-    return rows + drawn
+    return [*rows, *drawn]
 
 
 def splits(args, env, names=("train", "val"), no_cot=False):

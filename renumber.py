@@ -346,15 +346,13 @@ def renumber(template, rng):
 
 
 def renumbered(found, seed, number, wanted=lambda question: True):
-    """Copy `number` of all that has a Template: a function of (seed, number, place in `found`).
+    """Copy `number` of all that has a Template, a generator: by (seed, number, place in `found`).
 
     Of a problem's first DRAWS draws the first is taken whose question is `wanted`; where none is,
     the copy lacks that problem.
     """
-    copies = []
     for index, template in enumerate(found):
         if template:
             rng = random.Random(f"{seed} {number} {index}")
             draws = (renumber(template, rng) for _ in range(DRAWS))
-            copies += islice((copy for copy in draws if wanted(copy["question"])), 1)
-    return copies
+            yield from islice((copy for copy in draws if wanted(copy["question"])), 1)

@@ -107,7 +107,7 @@ def test_reasons_are_counted():
     found, counted = templates([PENS, *(UNFIT[reason] for reason in reasons)])
     assert [template is None for template in found] == [False, True, True, True]
     assert counted == Counter(reasons)
-    assert len(renumbered(found, 0, 0)) == 1
+    assert len(list(renumbered(found, 0, 0))) == 1
 
 
 @pytest.mark.parametrize("chain", [
@@ -188,11 +188,11 @@ def test_similar():
 def test_a_copy_is_a_function_of_seed_number_and_place():
     problems = [PENS, UNFIT["no steps"], PENS, FIT["percent"]]
     found, _ = templates(problems)
-    first = renumbered(found, 0, 0)
-    assert first == renumbered(found, 0, 0) == renumbered(templates(problems)[0], 0, 0)
+    first = list(renumbered(found, 0, 0))
+    assert first == list(renumbered(found, 0, 0)) == list(renumbered(templates(problems)[0], 0, 0))
     assert first[0] != first[1]  # the same problem in two places
-    assert first != renumbered(found, 0, 1) and first != renumbered(found, 1, 0)
-    assert renumbered(found[2:], 0, 0) != first[1:]
+    assert first != list(renumbered(found, 0, 1)) and first != list(renumbered(found, 1, 0))
+    assert list(renumbered(found[2:], 0, 0)) != first[1:]
 
 
 @pytest.mark.parametrize("cot", ["steps", "text"])
@@ -202,10 +202,10 @@ def test_all_of_gsm8k(gsm8k, cot):
     found, reasons = templates(problems)
     usable = [p for p, template in zip(problems, found) if template]
     assert len(usable) + reasons.total() == len(found) and len(usable) > 0.55 * len(found)
-    new = renumbered(found, 0, 0)
+    new = list(renumbered(found, 0, 0))
     for p, old in list(zip(new, usable))[::9]:
         check(p, old)
     assert sum(p["question"] != old["question"] for p, old in zip(new, usable)) > 0.9 * len(usable)
     for template in filter(None, found):
         template.choices.clear()
-    assert renumbered(found, 0, 0) == usable
+    assert list(renumbered(found, 0, 0)) == usable
