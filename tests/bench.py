@@ -43,7 +43,7 @@ from encoder import (Layout, chunk_tokens, count_chunks, draw_followed, encoder_
                      explicit_batch, insert_latents, latent_batch, latent_pos, llm_batch,
                      ordinary_softmax, pad, split_chunks, summarize, supervision_mask)
 from losses import gumbel_noise, weighted_nll  # noqa: E402
-from model import GPT, GPTConfig  # noqa: E402
+from model import GPT, Attention, GPTConfig, gather_slots  # noqa: E402
 from optim import Optimizer, schedule  # noqa: E402
 from train_latent import latent_loss  # noqa: E402
 from train_sup import explicit_loss, sup_loss  # noqa: E402
@@ -154,7 +154,7 @@ def random_store(folder, problems, c, n_ordinary):
 class Bench:
     """Models, data and jobs of one size. Each job runs the batches of about an epoch."""
 
-    def __init__(self, args, env, scale=1, count=None):
+    def __init__(self, args, env, scale=1, count=None, attention=Attention):
         lengths = dict(LENGTHS[args.preset])
         n_ordinary = lengths.pop("n_ordinary")
         tokenizer = stand_in(args.tokens or n_ordinary)
@@ -168,6 +168,8 @@ class Bench:
         config = GPTConfig(tokenizer.n_vocab, *(getattr(args, field) for field in (
             "block_size", "n_layer", "n_head", "n_embd")))
         self.llm, self.encoder = GPT(config).to(env.device), GPT(config).to(env.device)
+        for block in (*self.llm.h, *self.encoder.h):
+            block.attn.__class__ = attention
         with torch.no_grad():
             # logits of <eot> and <|endoftext|> are 0 and never the largest: only the caps end a row
             self.llm.wte.weight[[tokenizer.eot, tokenizer.eos]] = 0
@@ -436,6 +438,30 @@ class Loops(Bench):
                 "latent_over_explicit_one": quotient(times["one latent"], times["one explicit"])}
 
 
+class FusedAttention(Attention):
+    """Attention by torch's own function, to compare the handwritten one with in training."""
+
+    def forward(self, x, bias, cache, index):
+        B, T, C = x.shape
+        H, D = self.n_head, C // self.n_head
+        q, k, v = (y.view(B, T, H, D).transpose(1, 2) for y in self.c_attn(x).split(C, dim=2))
+        if index is not None:
+            q = gather_slots(q, index)                                       # (B, H, P, D)
+            bias = gather_slots(bias.expand(B, 1, T, -1), index)             # (B, 1, P, T)
+        y = torch.nn.functional.scaled_dot_product_attention(q, k, v, bias.to(q.dtype))
+        return self.c_proj(y.transpose(1, 2).reshape(B, -1, C))              # (B, T or P, C)
+
+
+def attention_ratios(bench, repeats):
+    """Time of a training step by hand over that with torch's attention, for each loop."""
+    fused = Bench(bench.args, bench.env, attention=FusedAttention)
+    jobs = {(kind, name): partial(b.train, name)
+            for name in TRAINING for kind, b in (("by hand", bench), ("torch", fused))}
+    times = timed(jobs, repeats, bench.env.device)
+    return {f"attention_{name.replace(' ', '_')}":
+            quotient(times["by hand", name], times["torch", name]) for name in TRAINING}
+
+
 # --------------------------------------------------------------------------------------- the tables
 
 def parts_table(bench, repeats):
@@ -551,8 +577,9 @@ def main():
     if env.device.type == "cuda":
         machine = torch.cuda.get_device_name(env.device)
     print(f"{machine}, torch {torch.__version__}")
-    rate, parts = parts_table(Bench(args, env), repeats)
-    ratios = Loops(args, env).ratios(repeats)
+    bench = Bench(args, env)
+    rate, parts = parts_table(bench, repeats)
+    ratios = {**Loops(args, env).ratios(repeats), **attention_ratios(bench, repeats)}
     print("\nratios " + "  ".join(f"{name} {value:.2f}" for name, value in ratios.items()))
     scaling = {} if args.quick else scaling_table(args, env, 3)
     if args.json:

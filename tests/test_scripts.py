@@ -139,10 +139,19 @@ def test_later_phases_keep_to_the_easy_problems(call, gpt2_tokenizer, tmp_path):
 def test_what_the_bench_compares_is_equal():
     """And what it times runs; the sizes are tiny, and nothing is timed."""
     flags = "--n-layer 1 --n-head 1 --n-embd 16 --batch-size 4 --dtype float32 --device cpu"
-    loops = bench.Loops(*bench.setup(flags.split()))
+    args, env = bench.setup(flags.split())
+    loops = bench.Loops(args, env)
     loops.check()
     for job in loops.jobs().values():
         job()
+    fused = bench.Bench(args, env, attention=bench.FusedAttention)
+    for mine, theirs in (loops.llm, fused.llm), (loops.encoder, fused.encoder):
+        theirs.load_state_dict(mine.state_dict())
+    for name in bench.TRAINING:
+        torch.manual_seed(0)
+        by_hand = loops.losses(name, loops.inputs(name, loops.batches[name][0]))
+        torch.testing.assert_close(fused.losses(
+            name, fused.inputs(name, fused.batches[name][0])), by_hand)
 
 
 @pytest.mark.parametrize("c", [1, 2, 8])
