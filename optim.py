@@ -58,8 +58,8 @@ class Optimizer:
 class Muon(torch.optim.Optimizer):
     """torch.optim.Muon with adjust_lr_fn="match_rms_adamw", but in float32 on all but CUDA.
 
-    That one calculates in bfloat16, for which most CPUs have no instructions: there it took 0.6 to
-    0.8 of the time of a training step (LAB.md).
+    That one calculates in bfloat16, for which many CPUs have no instructions: there more than half
+    of the time of a training step goes into it.
     """
 
     def __init__(self, groups, weight_decay, momentum=0.95):
