@@ -183,8 +183,8 @@ def keep_freed_memory():
     """Let Linux's malloc reuse the memory of large tensors, as it does for those below 32 MB.
 
     It would give each of them back to the system when it is freed, and have new pages filled with
-    zeros when the next one is made. For the attention scores of phase 1, (32, 8, 200, 200), that
-    took longer than the arithmetic (LAB.md). Other systems' malloc has no such setting.
+    zeros when the next one is made. With the attention scores of phase 1, (32, 8, 200, 200), an
+    update took 1.2 to 1.4 times as long (LAB.md). Other systems' malloc has no such setting.
     """
     with contextlib.suppress(OSError, AttributeError, TypeError):
         malloc = ctypes.CDLL(None)
@@ -339,7 +339,7 @@ def compile_blocks(models, args):
     """torch.compile where --compile says so: of the blocks, which take most of a step's time.
 
     A graph of a block serves all layers and all widths of the batches; one of the whole loss would
-    be made anew for each width, and of 12 layers that takes half a minute (LAB.md).
+    be made anew for each width.
     """
     if args.compile:
         torch._dynamo.config.recompile_limit = 32  # of all models and loops of a process
