@@ -1,32 +1,28 @@
-"""Problems in, batches out: GSM8K, its relatives and the toy task; tokenizers; scoring.
+"""Problems in, batches out: GSM8K's loader, the tokenizer, and what makes a batch.
 
 A problem is a question, a chain of thought S and an answer. As tokens:
 
     X <bot> = question <bot>        S = chain        <eot> Ans = <eot> #### answer <|endoftext|>
 
 Everything is tokenized once. A batch holds problems of like length and is padded to one of a few
-fixed widths, so that little is computed for padding.
+fixed widths, so that little is computed for padding. Other data than GSM8K's: lab/sources.py.
 """
 import functools
 import hashlib
 import http.client
 import json
-import os
 import re
-import unicodedata
 import urllib.request
-import zlib
 from dataclasses import dataclass
-from decimal import Decimal
-from itertools import islice
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import tiktoken
 
 import toy
-from renumber import parse, renumbered, templates
+from lab.files import UserError, write
+from lab.numbers import numbers
+from lab.vocabulary import gpt2_vocabulary, prune_ranks
 
 GSM8K_URL = ("https://raw.githubusercontent.com/openai/grade-school-math/master/"
              "grade_school_math/data/")
@@ -36,15 +32,81 @@ GSM8K_SHA256 = {
     "example_model_solutions.jsonl":
         "4bc62db838f8418365d51c627bd66294cbdca9fb7f01519cb13f0dce8c51580b",
 }
-TOY_SIZE = {"train": 16000, "val": 256, "test": 1000}
-MAX_PROBLEMS = {"val": 400}   # validation decodes its problems again and again
-MAX_LINE = 100_000            # characters in a line of a data file
-EASY_STEPS, EASY_LENGTH, EASY_NUMBER = 4, 220, 60  # at most: see is_easy
 WIDTHS = 10                   # different widths of a loop's batches at most
 
 
-class UserError(SystemExit):
-    """What the user can mend: one sentence on stderr, exit status 1, no traceback."""
+# ------------------------------------------------------------------------------------------ problems
+
+def read(file, parse, cot):
+    """parse(line, cot) of every line of a text file. Raises UserError naming file and line."""
+    if not file.is_file():
+        raise UserError(f"{file}: no such file; it should be in the folder of --data-dir, or that "
+                        "of --data")
+    rows = []
+    try:
+        with open(file, encoding="utf-8-sig") as lines:
+            for number, line in enumerate(lines, 1):
+                if line.strip():
+                    rows.append(parse(line, cot))
+    except UnicodeDecodeError as error:
+        raise UserError(f"{file}: not UTF-8 text ({error.reason})")
+    except ValueError as error:
+        raise UserError(f"{file}, line {number}: {error}")
+    if not rows:
+        raise UserError(f"{file}: no problems in it")
+    return rows
+
+
+def parse_gsm8k(line, cot):
+    """A line of GSM8K's files, a JSON object with the texts 'question' and 'answer': a problem."""
+    try:
+        row = json.loads(line)
+        question, answer = (row[key].strip() for key in ("question", "answer"))
+    except (ValueError, LookupError, TypeError, AttributeError):
+        raise ValueError("expected a JSON object with the texts 'question' and 'answer'")
+    return make_problem(question, answer, cot)
+
+
+def make_problem(question, text, cot):
+    """A problem {question, chain, answer}, all str, from its question and 'solution #### answer'.
+
+    cot  'steps': the chain is the calculator annotations, '<<48/2=24>> <<48+24=72>>'; 'text': it is
+         the whole solution
+    """
+    question = question.strip()
+    solution, hashes, answer = text.rpartition("####")
+    if not question:
+        raise ValueError("the question is empty")
+    found = numbers(answer)
+    if not hashes or len(found) != 1 or found[0] is None:
+        raise ValueError(f"expected one number after '####', found {answer.strip()[:40]!r}")
+    return {"question": question, "chain": chain_of(solution, cot),
+            "answer": answer.strip().replace(",", "")}
+
+
+def chain_of(solution, cot):
+    """The chain of thought in a solution: its calculator steps, or all of its text."""
+    return " ".join(re.findall(r"<<[^<>]*>>", solution)) if cot == "steps" else solution.strip()
+
+
+def fetch(file):
+    """Download one of GSM8K's files to its place, if it is not there yet, and check it.
+
+    Raises UserError where that fails.
+    """
+    content = file.read_bytes() if file.is_file() else None
+    if content is None:
+        try:
+            with urllib.request.urlopen(GSM8K_URL + file.name, timeout=60) as response:
+                content = response.read()
+        except (OSError, http.client.HTTPException) as error:
+            raise UserError(f"{file}: not there, and its download failed ({error}); put GSM8K's "
+                            "files in a folder and name it with --data-dir")
+    if hashlib.sha256(content).hexdigest() != GSM8K_SHA256[file.name]:
+        raise UserError(f"{file}: not GSM8K as published (its checksum differs); try again, or for "
+                        f"data of your own say --data {file.parent}")
+    if not file.is_file():
+        write(file, lambda copy: copy.write(content))
 
 
 # --------------------------------------------------------------------------------------- tokenizers
@@ -85,58 +147,6 @@ class Tokenizer:
         return self.encoding.decode([i for i in ids if i < self.n_ordinary + len(self.SPECIAL)])
 
 
-def gpt2_vocabulary():
-    """(pattern, ranks) of GPT-2's byte-pair encoding."""
-    try:
-        base = tiktoken.get_encoding("gpt2")
-    except (OSError, ValueError) as error:  # no network, or a wrong checksum
-        raise UserError(
-            "GPT-2's vocabulary could not be downloaded; set TIKTOKEN_CACHE_DIR to a folder that "
-            f"has tiktoken's copy of it ({type(error).__name__})")
-    return base._pat_str, base._mergeable_ranks
-
-
-def prune_ranks(ranks, pattern, texts):
-    """The part of a byte-pair vocabulary that `texts` need: {token: rank}, ranks 0, 1, 2, … again.
-
-    BPE starts from the bytes of a piece of text and joins, again and again, those neighbours whose
-    union has the lowest rank. Kept are all 256 bytes, so that any text can be written, the tokens
-    of `texts`, and the unions on the way to them. So `texts` get the same tokens as before: at each
-    step the union of lowest rank is part of a token at the end, hence kept, and none was added that
-    could come before it.
-    """
-    whole = tiktoken.Encoding("whole", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
-    ids = set().union(*whole.encode_ordinary_batch(texts, num_threads=1))
-    kept = {bytes([b]) for b in range(256)}
-    for token in map(whole.decode_single_token_bytes, ids):
-        kept |= unions(token, ranks)
-    return {token: rank for rank, token in enumerate(sorted(kept, key=ranks.get))}
-
-
-def unions(token, ranks):
-    """All that BPE joins on its way from the bytes of a token to the token itself, as a set.
-
-    Within a longer piece of text it joins the same: nothing was joined across the token's ends, or
-    they would not be its ends, and between them the unions to choose from are the same.
-    """
-    parts, found = [bytes([b]) for b in token], {token}
-    while len(parts) > 1:
-        pairs = [left + right for left, right in zip(parts, parts[1:])]
-        first = min(range(len(pairs)), key=lambda i: ranks.get(pairs[i], len(ranks)))
-        if pairs[first] not in ranks:
-            break  # tiktoken takes a piece that is a token as it is, even where BPE ends elsewhere
-        parts[first:first + 2] = [pairs[first]]
-        found.add(pairs[first])
-    return found
-
-
-def vocabulary_texts(problems):
-    """What a Tokenizer is pruned to: the training split, and the numbers that it may lack."""
-    numbers = " ".join(f"{n}={n}" for n in range(1000))  # with a space before them, and without
-    fields = [(p["question"], p["chain"], "#### " + p["answer"]) for p in problems]
-    return [numbers, *(text for field in fields for text in field)]
-
-
 @functools.cache
 def toy_vocabulary():
     """(pattern, ranks): whole words and whole numbers; 256 bytes spell whatever else there is.
@@ -153,266 +163,6 @@ def toy_vocabulary():
     words = sorted(piece for piece in pieces if len(piece) > 1)
     tokens = [bytes([b]) for b in range(256)] + [word.encode() for word in words]
     return pattern, {token: rank for rank, token in enumerate(tokens)}
-
-
-# ------------------------------------------------------------------------------------------ sources
-
-def split_of(question):
-    """'val', 'test' (5 % each) or 'train', by the question's hash, where the data does not say."""
-    bucket = zlib.crc32(question.encode(errors="surrogatepass")) % 20
-    return {0: "val", 1: "test"}.get(bucket, "train")
-
-
-def is_easy(problem):
-    """Whether --easy takes a problem: few steps, a short question, no number but small whole ones.
-
-    And all of its numbers are certain, so that --renumber can change some of them.
-    """
-    if problem["chain"].count("<<") > EASY_STEPS or len(problem["question"]) > EASY_LENGTH:
-        return False
-    said = numbers(problem["question"])
-    said += map(to_number, re.findall(r"\.?\d[\d.,]*", problem["chain"]))
-    if not all(n is not None and 0 <= n <= EASY_NUMBER and n % 1 == 0 for n in said):
-        return False
-    try:
-        parse(problem)
-        return True
-    except ValueError:
-        return False
-
-
-def load(name, split, data_dir=None, cot="steps", seed=0, as_told=toy.AS_TOLD, easy=0):
-    """A list of {question, chain, answer[, paths]}, all str, for split 'train', 'val' or 'test'.
-
-    name   toy | gsm8k | gsm8k-aug | a .jsonl file in GSM8K's form | a folder with train.jsonl and
-           test.jsonl
-    cot    'steps': the calculator annotations in order, '<<48/2=24>> <<48+24=72>>'; 'text': the
-           whole solution
-    easy   > 0: 'train' is the first so many easy problems, 'val' its easy ones; 'test' is whole
-    'val', and where there is one file only 'test', are cut out of it by `split_of`: 5 % each.
-    Raises UserError naming the file, the line and what was expected there.
-    """
-    if name == "toy":
-        return list(toy.problems(seed, TOY_SIZE[split], lambda q: split_of(q) == split, as_told))
-    part = "test" if split == "test" else "train"
-    # the hash splits that this split takes from its file
-    taken = {"train": ("train", "test"), "val": ("val",), "test": ("train", "val", "test")}[split]
-    if name == "gsm8k-aug":
-        file = Path(data_dir or "data/gsm8k-aug") / f"{part}.txt"
-    elif name == "gsm8k":
-        file = Path(data_dir or "data/gsm8k") / f"{part}.jsonl"
-        fetch(file)
-    elif Path(name).is_dir():
-        file = Path(name) / f"{part}.jsonl"
-    elif Path(name).is_file():
-        file, taken = Path(name), (split,)
-    else:
-        raise UserError(f"--data {name}: not toy, gsm8k or gsm8k-aug, and no such file or folder")
-    rows = read(file, parse_aug if name == "gsm8k-aug" else parse_gsm8k, cot)
-    rows = [row for row in rows if split_of(row["question"]) in taken]
-    if easy and split != "test":
-        rows = [row for row in rows if is_easy(row)]
-        if split == "train" and len(rows) < easy:
-            raise UserError(f"--easy {easy}: only {len(rows)} of the training problems in {file} "
-                            "are easy")
-        rows = rows[:easy] if split == "train" else rows
-    if not rows:
-        raise UserError(f"{file}: no problem falls to the {split} split, which here is 5 % by "
-                        "hash; it takes more problems")
-    return rows
-
-
-def read(file, parse, cot):
-    """parse(line, cot) of every line of a text file. Raises UserError naming file and line."""
-    if not file.is_file():
-        raise UserError(f"{file}: no such file; it should be in the folder of --data-dir, or that "
-                        "of --data")
-    rows = []
-    try:
-        with open(file, encoding="utf-8-sig", newline=None) as lines:
-            for number, line in enumerate(lines, 1):
-                if line.strip():
-                    rows.append(parse_line(f"{file}, line {number}", line, parse, cot))
-    except UnicodeDecodeError as error:
-        raise UserError(f"{file}: not UTF-8 text (byte {error.start} of what was being read: "
-                        f"{error.reason})")
-    if not rows:
-        raise UserError(f"{file}: no problems in it")
-    return rows
-
-
-def parse_line(place, line, parse, cot):
-    length = len(line.strip())
-    if length > MAX_LINE:
-        raise UserError(f"{place}: {length} characters are no problem of grade school; the limit "
-                        f"is {MAX_LINE}")
-    try:
-        return parse(line, cot)
-    except ValueError as error:
-        raise UserError(f"{place}: {error}")
-
-
-def refuse_repeated_keys(pairs):
-    if len(dict(pairs)) < len(pairs):
-        raise LookupError
-    return dict(pairs)
-
-
-def parse_gsm8k(line, cot):
-    """One line of GSM8K's files: a JSON object with the texts 'question' and 'answer'."""
-    expected = "expected a JSON object with the texts 'question' and 'answer'"
-    try:
-        row = json.loads(line, object_pairs_hook=refuse_repeated_keys)
-    except LookupError:
-        raise ValueError("a key stands twice in the JSON object")
-    except (ValueError, RecursionError):
-        raise ValueError(expected + ", found no JSON")
-    texts = [row.get(key) for key in ("question", "answer")] if isinstance(row, dict) else [None]
-    if not all(isinstance(text, str) for text in texts):
-        raise ValueError(expected)
-    return make_problem(row["question"], row["answer"], cot)
-
-
-def parse_aug(line, cot):
-    """One line of GSM8K-Aug: 'question||<<a>> <<b>> #### answer'."""
-    question, bars, solution = line.partition("||")
-    if not bars:
-        raise ValueError("expected 'question||<<step>> <<step>> #### answer', found no '||'")
-    return make_problem(question, solution, cot)
-
-
-def parse_solved(line, cot):
-    """One line of example_model_solutions.jsonl: (question, chains of the right solutions)."""
-    try:
-        row = json.loads(line)
-        models = [value for value in row.values() if isinstance(value, dict)]
-        texts = [model["solution"] for model in models if model["is_correct"]]
-        question = row["question"].strip()
-        return question, [chain_of(text.rpartition("\nA:")[0], cot) for text in texts]
-    except (LookupError, TypeError, AttributeError):
-        raise ValueError("expected 'question' and solutions with 'is_correct' and 'solution'")
-
-
-def chain_of(solution, cot):
-    """The chain of thought in a solution: its calculator steps, or all of its text."""
-    return " ".join(re.findall(r"<<[^<>]*>>", solution)) if cot == "steps" else solution.strip()
-
-
-def make_problem(question, text, cot):
-    """A problem as a dict, from its question and 'solution #### answer'."""
-    solution, hashes, answer = text.rpartition("####")
-    answer = answer.strip()
-    if not question.strip():
-        raise ValueError("the question is empty")
-    found = numbers(answer)
-    if not hashes or len(found) != 1 or found[0] is None:
-        raise ValueError(f"expected one number after '####', found {answer[:40]!r}")
-    return {"question": question.strip(), "chain": chain_of(solution, cot),
-            "answer": answer.replace(",", "")}
-
-
-def known_paths(problems, name, data_dir, cot):
-    """For each problem a list of the different chains that are known to be right.
-
-    The toy task makes all of its own; for GSM8K's test split OpenAI published solutions.
-    """
-    folder = Path(data_dir or f"data/{name}" if name in ("gsm8k", "gsm8k-aug") else name)
-    file = folder / "example_model_solutions.jsonl"
-    solved = {}
-    try:
-        if name == "gsm8k":
-            fetch(file)
-        if file.is_file():
-            solved = dict(read(file, parse_solved, cot))
-        elif name != "toy":
-            print(f"no chains but the given ones are known (there is no {file})")
-    except UserError as error:
-        print(f"no chains but the given ones are known ({error})")
-    paths = []
-    for problem in problems:
-        chains = problem.get("paths") or [problem["chain"], *solved.get(problem["question"], [])]
-        paths.append([chain for chain in dict.fromkeys(chains) if chain])
-    return paths
-
-
-def fetch(file):
-    """Download one of GSM8K's files beside its final name, check it, then move it there."""
-    expected = GSM8K_SHA256[file.name]
-    if file.is_file():
-        if hashlib.sha256(file.read_bytes()).hexdigest() != expected:
-            raise UserError(f"{file}: not GSM8K as published (its checksum differs); for data of "
-                            f"your own say --data {file.parent}")
-        return
-    part = file.with_name(f"{file.name}.{os.getpid()}.part")
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with urllib.request.urlopen(GSM8K_URL + file.name, timeout=60) as response:
-            part.write_bytes(response.read())
-    except (OSError, http.client.HTTPException) as error:
-        raise UserError(f"{file}: not there, and its download failed ({error}); put GSM8K's files "
-                        "in a folder and name it with --data-dir")
-    if hashlib.sha256(part.read_bytes()).hexdigest() != expected:
-        part.unlink()
-        raise UserError(f"{file}: the download does not have the expected checksum; try again")
-    part.replace(file)
-
-
-# ------------------------------------------------------------------------------------------ scoring
-
-DECIMAL = r"(?:(?:(?!0)\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d+)?"
-NUMBER = re.compile(rf"""
-    (?P<sign>(?<![\w)])[-+])?                           # a minus after a word or ')' is subtraction
-    (?:(?P<whole>\d+)\ +(?=\d+\ */\ *\d))?               # the 1 of 1 1/2
-    (?P<top>{DECIMAL})
-    (?:\ *(?:[x×*·]\ *10\ *(?:\^|\*\*)\ *\(?(?P<power>[-+]?\d+)\)?|/\ *(?P<bottom>[-+]?{DECIMAL})))?
-    (?P<excess>(?:[.,/]*\d[\d.,/]*)?                     # 1.2.3, 1,2: no number at all,
-        (?:\ *(?:\^|\*\*(?=\(?[-+]?\d))\ *\(?[-+]?[\d.,/]*\)?)*)   # nor 5^2, 10^-3
-    """, re.VERBOSE)
-SUPERSCRIPT = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺", "0123456789-+")
-PLAIN = str.maketrans({"−": "-", "–": "-", "⁄": "/", "∕": "/", "$": "", "%": ""})
-
-
-def numbers(text):
-    """The numbers in a text, in order, as Decimal; None for what only looks like one (1.2.3)."""
-    text = re.sub(r"(?<=\d)(?=[¼-¾⅐-⅞↉])", " ", text)  # 1½ is 1 1/2
-    text = "".join(plain_character(character) for character in text).translate(PLAIN)
-    text = re.sub("[⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺]+", lambda match: "^" + match[0].translate(SUPERSCRIPT), text)
-    text = re.sub(r"(?<![\d )])\^\(?[-+]?\d+\)?", "", text)  # the square of cm² is no number
-    return [number_value(match) for match in NUMBER.finditer(text)]
-
-
-def plain_character(character):
-    """1⁄2 for ½, 1 for the full-width digit, a space for the one that does not break."""
-    if unicodedata.decomposition(character).startswith(("<fraction>", "<wide>", "<noBreak>")):
-        return unicodedata.normalize("NFKC", character)
-    return character
-
-
-def number_value(match):
-    if match["excess"]:
-        return None
-    try:
-        value = Decimal(match["top"].replace(",", ""))
-        if match["bottom"]:
-            value /= Decimal(match["bottom"].replace(",", ""))
-        if match["power"]:
-            value = value.scaleb(int(match["power"]))
-        if match["whole"]:
-            value += Decimal(match["whole"])
-        return value.copy_negate() if match["sign"] == "-" else value
-    except (ArithmeticError, ValueError):  # 1/0, or an exponent beyond Decimal's
-        return None
-
-
-def to_number(text):
-    """The number that a text says, as Decimal, or None.
-
-    After '####', else anywhere, the last one counts. $ and % are dropped, commas between thousands
-    too; exponents (2.5e-06, 2.5 x 10^-6), fractions and mixed numbers (1 1/2, ½) and the Unicode
-    minus are read. What only looks like a number (1.2.3, 1,2) is None.
-    """
-    found = numbers(text.rpartition("####")[2])
-    return found[-1] if found else None
 
 
 # ------------------------------------------------------------------------------------------ batches
@@ -507,11 +257,8 @@ class Problems:
         tokens = [Tokens(self.x[row], self.s[row], self.a[row]) for row in rows]
         return Batch(rows, tokens, tuple(r.length[like] for r in (self.x, self.s, self.a)))
 
-    def train_batch(self, step, size, seed, rank=0, world=1):
-        """Batch number `step`: every problem once an epoch, in a new order each.
-
-        Of several processes rank r gets the rows r::world.
-        """
+    def train_batch(self, step, size, seed):
+        """Batch number `step`: every problem once an epoch, in a new order each."""
         epoch, number = divmod(step, -(-len(self) // size))
         if self.epoch != (seed, size, epoch):
             self.epoch = (seed, size, epoch)
@@ -519,7 +266,7 @@ class Problems:
         rows = self.batches[number]
         # the first rows may be of a shorter bucket, but none is of a longer one than the last
         like = np.flatnonzero(self.bucket <= self.bucket[rows[-1]])
-        return self.batch(rows[rank::world], like)
+        return self.batch(rows, like)
 
     def shuffle(self, rng, size):
         """An epoch's batches in random order, each sorted by bucket: int64 (batches, size).
@@ -549,72 +296,3 @@ class Problems:
         rows = self.order if limit is None else self.order[self.order < limit]
         for i in range(0, len(rows), size):
             yield self.batch(rows[i:i + size], rows[i:i + size])
-
-
-def load_split(args, split, rank=0):
-    """The problems of a split, with the flags of a script: those of `load` and more splits.
-
-        train        the training problems, and with --renumber so many copies of each
-        val          training problems that are kept out whole; with --renumber the training
-                     problems instead, with numbers that no copy has
-        held-out     training problems that are kept out whole
-        renumbered   the training problems with numbers that neither a copy nor val has
-        test         the test problems
-        easy         those test problems that --easy would take
-
-    args: data, data_dir, cot, seed, as_told, easy, renumber.
-    """
-    source = {"renumbered": "train", "held-out": "val", "easy": "test"}.get(split, split)
-    if split == "val" and args.renumber:
-        source = "train"
-    rows = load(args.data, source, args.data_dir, args.cot, args.seed, args.as_told, args.easy)
-    if split == "easy":
-        rows = [row for row in rows if is_easy(row)]
-    if source == "train" and (args.renumber or split == "renumbered"):
-        rows = new_numbers(rows, split, args, rank)
-    if not rows:
-        raise UserError(f"--data {args.data}, split {split}: " + (
-            "none of the test problems is easy" if split == "easy" else
-            "no training problem has enough new numbers for it"))
-    return rows[:MAX_PROBLEMS.get(split)]
-
-
-def new_numbers(rows, split, args, rank):
-    """The training problems `rows` and their copies (train), or one copy alone (val, renumbered).
-
-    Which of the three may have a copy is decided by its question's hash, so they share none.
-    """
-    found, reasons = templates(rows)
-    own = {row["question"] for row in rows}
-    kind = {"renumbered": "test"}.get(split, split)
-
-    def wanted(question):
-        return split_of(question) == kind and question not in own
-
-    copies = range(args.renumber if split == "train" else 1)
-    drawn = (problem for copy in copies for problem in renumbered(found, args.seed, copy, wanted))
-    if split != "train":
-        return list(islice(drawn, MAX_PROBLEMS.get(split)))  # few draws are wanted: no more of them
-    if rank == 0:
-        print(f"{len(rows) - reasons.total()} of {len(rows)} training problems can be given new "
-              "numbers", *(f"; {why}: {n}" for why, n in reasons.items()), sep="")
-    return [*rows, *drawn]
-
-
-def splits(args, env, names=("train", "val"), no_cot=False):
-    """The Problems of these splits; says how many there are, and what is amiss with some.
-
-    args: those of load_split, and block_size; env: tokenizer, rank.
-    """
-    found = []
-    for split in names:
-        rows = load_split(args, split, env.rank)
-        p = Problems(rows, env.tokenizer, args.block_size, args.chunk_size, no_cot=no_cot)
-        found.append(p)
-        if env.rank > 0:
-            continue
-        empty = 0 if no_cot else int((p.s.length == 0).sum())
-        note = f", {empty} without a chain of thought (see --cot text)" if empty else ""
-        print(f"{split}: {len(p)} problems, {p.dropped} dropped as longer than --block-size "
-              f"{args.block_size}, counted in whole chunks{note}")
-    return found

@@ -1,18 +1,14 @@
-"""Greedy decoding, as text and in latent tokens, batched on one KV cache; then scoring a split.
+"""Greedy decoding, as text and in latent tokens, batched on one KV cache.
 
 A row produces its chain of thought, as latent tokens or as text, until it predicts <eot>; then it
 writes its answer as text. Rows of different length are decoded together: each changes from latents
 to text at its own step, and no vector is fed twice.
 """
-import time
-from functools import partial
 from typing import NamedTuple
 
 import torch
 
-from data import to_number
-from encoder import (Sequence, alpha_and_latent, count_chunks, encoder_batch, insert_latents,
-                     latent_pos, pad, summary_states, superpose)
+from encoder import Sequence, alpha_and_latent, insert_latents, latent_pos, pad, superpose
 from model import KVCache
 
 
@@ -89,7 +85,7 @@ def prefill(llm, x, pos, length, extra):
 
 @torch.no_grad()
 def decode(llm, tokenizer, x, pos, length, c=0, top_k=0, max_latents=0, max_tokens=64,
-           on_latent=None):
+           on_latent=None, latent=alpha_and_latent):
     """Continue a batch of prompts greedily, as text or in latents: a Decoded.
 
     x, pos     prompts float (B, T, C), padded on the right, and their positions int64 (B, T)
@@ -103,6 +99,7 @@ def decode(llm, tokenizer, x, pos, length, c=0, top_k=0, max_latents=0, max_toke
     on_latent  called as on_latent(step, q, z, active) where rows think: q float32 (B, n_ordinary),
                z (B, C), active bool (B,) the rows that take a latent step; a q that it returns
                takes the place of q
+    latent     makes (q, z) of the hidden states: encoder.Parts
 
     Each step feeds one vector a row. Step t fills slot T + t in all rows, but each row has its own
     position; the padding between is never visible.
@@ -122,7 +119,7 @@ def decode(llm, tokenizer, x, pos, length, c=0, top_k=0, max_latents=0, max_toke
             break
         x = llm.wte(token)  # (B, C)
         if state.thinking.any():
-            q, z = alpha_and_latent(llm, hidden, llm.wte.weight, tokenizer.n_ordinary, top_k)
+            q, z = latent(llm, hidden, llm.wte.weight, tokenizer.n_ordinary, top_k)
             if on_latent:
                 replaced = on_latent(step, q, z, state.thinking)
                 z = z if replaced is None else superpose(replaced, llm.wte.weight, top_k)
@@ -137,9 +134,9 @@ def decode(llm, tokenizer, x, pos, length, c=0, top_k=0, max_latents=0, max_toke
 
 # ------------------------------------------------------------------------------------------ prompts
 
-def question_prompt(llm, batch, env):
+def question_prompt(llm, batch, device):
     """X <bot>, for `decode`: (embeddings (B, T, C), positions int64 (B, T), lengths int64 (B,))."""
-    return prompt_of([Sequence(p.question) for p in batch.problems], llm, None, env.device)
+    return prompt_of([Sequence(p.question) for p in batch.problems], llm, None, device)
 
 
 def latents_prompt(llm, batch, z, n, c, end, device):
@@ -168,91 +165,3 @@ def prompt_of(rows, llm, z, device):
     if z is not None:
         x = insert_latents(x, z.to(device), latent)
     return x, pos, length.to(device)
-
-
-def summaries(llm, encoder, batch, env, c, top_k):
-    """The encoder's summaries of the true chains: (α, z, n).
-
-    α float32 (B, N, n_ordinary), z float (B, N, C) in the embeddings of `llm`, n int64 array (B,).
-    """
-    layout = encoder_batch(batch, c, env.tokenizer.sum).to(env.device)
-    hidden = summary_states(encoder, layout)  # (B, N, C)
-    alpha, z = alpha_and_latent(encoder, hidden, llm.wte.weight, env.tokenizer.n_ordinary, top_k)
-    return alpha, z, layout.n.cpu().numpy()
-
-
-def gold_prompt(llm, encoder, batch, env, c, top_k):
-    """X <bot> z₀ … z_{n-1} <eot>, the summaries of all chunks: only the answer is to write."""
-    _, z, n = summaries(llm, encoder, batch, env, c, top_k)
-    return latents_prompt(llm, batch, z, n, c, [env.tokenizer.eot], env.device)
-
-
-def continuation_prompt(llm, encoder, batch, env, c, top_k):
-    """X <bot> z₀ … z_{k-1}, the first k summaries: the rest and the answer are to write.
-
-    k is the problem's number modulo n + 1, so that all of 0 … n occur in a split.
-    """
-    _, z, n = summaries(llm, encoder, batch, env, c, top_k)
-    return latents_prompt(llm, batch, z, batch.rows % (n + 1), c, [], env.device)
-
-
-# ------------------------------------------------------------------------------------------ a split
-
-def count_steps(thought, tokens, latents, chunks, eot):
-    """Steps before the answer: latents ('latent'), chunks ('gold'), or the tokens before <eot>.
-
-    tokens is the list of ids written, latents and chunks are numbers. The summaries given to
-    'continue' do not count.
-    """
-    if thought == "latent":
-        return latents
-    if thought == "gold":
-        return chunks
-    return tokens.index(eot) if eot in tokens else len(tokens)
-
-
-@torch.no_grad()
-def evaluate(llm, problems, env, thought, caps, encoder=None, chunk_size=1, top_k=0, limit=None,
-             batch_size=None, prompt=None, on_latent=None):
-    """Decode a split (or its first `limit` problems) and score the answers.
-
-    thought    'text': the model writes all that follows X <bot> (explicit CoT, no CoT); 'latent':
-               its chain is latent; 'gold': it is given all of the encoder's summaries of the true
-               chain, and <eot>; 'continue': it is given the first k, and writes the rest as text
-    caps       (max_latents, max_tokens) of `decode`
-    encoder    makes the summaries of 'gold' and 'continue', which need it if they get no `prompt`
-    prompt     a function prompt(batch) -> (x, pos, length) that replaces the prompt of `thought`
-    on_latent  as in `decode`, but called with the batch as first argument
-    Returns a dict: accuracy; steps, the mean of count_steps; capped and unparseable, numbers of
-    problems; seconds; answers, {problem: (text, whether it is right, its ids)}.
-    """
-    max_latents, max_tokens = caps
-    batch_size = batch_size or 256
-    if prompt is None:
-        prompt = partial(question_prompt, llm, env=env)
-        if thought in ("gold", "continue"):
-            summarized = gold_prompt if thought == "gold" else continuation_prompt
-            prompt = partial(summarized, llm, encoder, env=env, c=chunk_size, top_k=top_k)
-            batch_size = -(-batch_size // 4)  # fewer, since the α (B, N, n_ordinary) are large
-    start, answers, steps, capped, unparseable = time.time(), {}, 0, 0, 0
-    for batch in problems.eval_batches(batch_size, limit):
-        # a block that is compiled for training has no graphs of what decoding feeds it
-        with env.autocast(), torch.compiler.set_stance("force_eager"):
-            x, pos, length = prompt(batch)
-            out = decode(llm, env.tokenizer, x, pos, length,
-                         c=chunk_size if thought == "latent" else 0, top_k=top_k,
-                         max_latents=max_latents, max_tokens=max_tokens,
-                         on_latent=on_latent and partial(on_latent, batch))
-        capped += int(out.capped.sum())
-        for row, tokens, latents in zip(batch.rows.tolist(), out.tokens, out.latents.tolist()):
-            text = env.tokenizer.decode(tokens)
-            number = to_number(text)
-            unparseable += number is None
-            right = number is not None and number == to_number(problems.problems[row]["answer"])
-            answers[row] = text, right, tokens
-            chunks = int(count_chunks(problems.s.length[row], chunk_size))
-            steps += count_steps(thought, tokens, latents, chunks, env.tokenizer.eot)
-    n = len(answers)
-    accuracy = sum(right for _, right, _ in answers.values()) / n
-    return dict(accuracy=accuracy, steps=steps / n, capped=capped, unparseable=unparseable,
-                seconds=time.time() - start, answers=answers)

@@ -15,7 +15,7 @@ masks, then to α and z.
     n = latent tokens of one problem, at most N in a batch; the other letters are those of model.py
 """
 import itertools
-from typing import NamedTuple
+from typing import Callable, NamedTuple
 
 import numpy as np
 import torch
@@ -230,9 +230,8 @@ def collate(rows, T, P=1, N=1):
 # p.answer (<eot> Ans).
 #
 # A batch is not padded to its own longest problem, but to the longest of the bucket it is drawn
-# from, so that a loop has a few widths only, and all processes the same one: x, s and a, of
-# batch.lengths, are int arrays with the token counts of all problems up to that bucket, and n has
-# the numbers of their chunks.
+# from, so that a loop has a few widths only: x, s and a, of batch.lengths, are int arrays with the
+# token counts of all problems up to that bucket, and n has the numbers of their chunks.
 
 def encoder_batch(batch, c, sum_id):
     x, s, _ = batch.lengths
@@ -270,16 +269,16 @@ def explicit_batch(batch):
 
 # ------------------------------------------------------------- what phase 1 draws and compares with
 
-def draw_followed(batch, c, seed, step, rank=0, world=1, from_start=0.0):
+def draw_followed(batch, c, seed, step, from_start=0.0):
     """For each problem at random the k of llm_layout's `follow`: an int64 array (B,).
 
     It is −1 with probability `from_start`, otherwise one of −1 … n−1, all equally likely: so −1 has
     from_start + (1 − from_start) / (n + 1). The random numbers are a function of (seed, step), so
-    that a resumed run draws the same; process `rank` of `world` takes those of its own problems.
+    that a resumed run draws the same.
     """
     n = np.array([count_chunks(len(p.chain), c) for p in batch.problems])
     rng = np.random.default_rng([seed, step, 1])  # 1: apart from the other draws of a step
-    u = rng.random((2, len(n) * world))[:, rank::world]
+    u = rng.random((2, len(n)))
     k = (u[0] * (n + 1)).astype(np.int64) - 1
     return np.where(u[1] < from_start, -1, k)
 
@@ -302,8 +301,8 @@ def causal_mask(T, device):
     return torch.ones(T, T, dtype=torch.bool, device=device).tril()
 
 
-def induction_mask(segment):
-    """LTIM: causal, and no slot sees an earlier <sum>. segment (B, T) -> bool (B, T, T).
+def induction_mask(layout):
+    """LTIM: causal, and no slot sees an earlier <sum>. A Layout of T slots -> bool (B, T, T).
 
               a  b  L₀ c  d  L₁          so the text is computed as if there were no L,
         a     ■                          and L₁ as if there were no L₀:
@@ -313,13 +312,13 @@ def induction_mask(segment):
         d     ■  ■  ·  ■  ■
         L₁    ■  ■  ·  ■  ■  ■
     """
-    T = segment.size(1)
-    itself = torch.eye(T, dtype=torch.bool, device=segment.device)
-    return causal_mask(T, segment.device) & ((segment[:, None, :] >= 0) | itself)
+    T, device = layout.segment.size(1), layout.segment.device
+    itself = torch.eye(T, dtype=torch.bool, device=device)
+    return causal_mask(T, device) & ((layout.segment[:, None, :] >= 0) | itself)
 
 
-def supervision_mask(segment):
-    """LTSuM: causal, and a segment > 0 is seen by itself alone. segment (B, T) -> bool (B, T, T).
+def supervision_mask(layout):
+    """LTSuM: causal, and a segment > 0 is seen by itself alone. A Layout -> bool (B, T, T).
 
               X  z₀ c  d  z₁ e  z₂ Ans
         X     ■
@@ -331,32 +330,8 @@ def supervision_mask(segment):
         z₂    ■  ■  ·  ·  ■  ·  ■        they know of it has come through the z
         Ans   ■  ■  ·  ·  ■  ·  ■  ■
     """
-    key, query = segment[:, None, :], segment[:, :, None]
-    return causal_mask(segment.size(1), segment.device) & ((key == 0) | (key == query))
-
-
-def local_supervision_mask(segment, latent):
-    """Ablation, as in the released code: a chunk sees the z just before it and itself, not even X.
-
-    The latents, the answer and the text that is followed to the end, which begins with a chunk, see
-    what they see under `supervision_mask`. segment, latent (B, T) -> bool (B, T, T).
-    """
-    key, query = segment[:, None, :], segment[:, :, None]
-    n = latent.amax(1)[:, None, None]
-    next_chunk = (query > 0) & (query < n)
-    own_latent = latent[:, None, :] == query  # z_i, stored as i + 1, is followed by text i + 1
-    return supervision_mask(segment) & (~next_chunk | (key == query) | own_latent)
-
-
-def open_supervision_mask(segment, latent):
-    """Ablation: no LTSuM. Causal, so that all text of earlier chunks is seen beside the latents.
-
-    Only the text that is followed to the end, which begins with a chunk, is still seen by itself
-    alone.
-    """
-    key, query = segment[:, None, :], segment[:, :, None]
-    n = latent.amax(1)[:, None, None]
-    return causal_mask(segment.size(1), segment.device) & ((key <= n) | (key == query))
+    key, query = layout.segment[:, None, :], layout.segment[:, :, None]
+    return causal_mask(key.size(2), key.device) & ((key == 0) | (key == query))
 
 
 # ------------------------------------------------------------------------------------ superposition
@@ -367,12 +342,13 @@ def ordinary_softmax(logits, n_ordinary):
 
 
 def top_k_renormalized(alpha, k):
-    """(values, ids), both (..., K): α's k largest entries, scaled to sum to 1, and their ids.
+    """(values, ids, mass): α's k largest entries, scaled to sum to 1, and their ids, both (..., K).
 
-    k = 0 or k > V takes all V entries.
+    mass (...): what they summed to before. k = 0 or k > V takes all V entries.
     """
     values, ids = alpha.topk(min(k or alpha.size(-1), alpha.size(-1)), dim=-1)
-    return values / values.sum(-1, keepdim=True), ids
+    mass = values.sum(-1)
+    return values / mass[..., None], ids, mass
 
 
 def superpose(alpha, E, k=0):
@@ -381,7 +357,8 @@ def superpose(alpha, E, k=0):
     alpha (..., n_ordinary), E (V, C) -> z (..., C).
     """
     if k:
-        return superpose_sparse(*top_k_renormalized(alpha, k), E)
+        values, ids, _ = top_k_renormalized(alpha, k)
+        return superpose_sparse(values, ids, E)
     return alpha @ E[:alpha.size(-1)].to(alpha.dtype)
 
 
@@ -399,37 +376,29 @@ def insert_latents(x, z, latent):
     return torch.where(latent[:, :, None] > 0, z.to(x.dtype).gather(1, index), x)
 
 
-def summary_states(encoder, layout):
+def summary_states(encoder, layout, mask=induction_mask):
     """The hidden states at all L of a batch, in one pass of the encoder: (B, N, C).
 
-    layout is that of encoder_batch. The entries past a row's n have no meaning.
+    layout is that of encoder_batch, mask a function of it. The entries past a row's n have no
+    meaning.
     """
     x = encoder.wte(layout.ids)                                                # (B, T, C)
-    mask = induction_mask(layout.segment) if encoder.config.ltim else None     # None: causal
-    return encoder(x, layout.pos, mask, index=layout.summary_index)
-
-
-def summarize(encoder, layout, n_ordinary):
-    """All summaries of a batch: α float32 (B, N, n_ordinary)."""
-    return ordinary_softmax(encoder.head(summary_states(encoder, layout)), n_ordinary)
+    return encoder(x, layout.pos, mask(layout), index=layout.summary_index)
 
 
 def alpha_and_latent(model, hidden, E, n_ordinary, top_k=0):
     """(α float32 (..., n_ordinary), z (..., C)) of a model's hidden states (..., C).
 
     The model is the encoder, or the LLM that thinks; E are the embeddings of the LLM that reads z,
-    which is made of all α or of its `top_k` entries. Ablation `hidden_latents`: z is the hidden
-    state itself.
+    which is made of all α or of its `top_k` entries.
     """
     alpha = ordinary_softmax(model.head(hidden), n_ordinary)
-    if model.config.hidden_latents:
-        return alpha, hidden_as_input(hidden, E)
     return alpha, superpose(alpha, E, top_k)
 
 
-def hidden_as_input(hidden, E):
-    """A hidden state, scaled to be read like an embedding.
+class Parts(NamedTuple):
+    """The parts of the method that an ablation can replace, to see what each is for."""
 
-    It comes from a LayerNorm, so that its entries are about 1 in size; those of E about E.std().
-    """
-    return hidden * E.std().detach()
+    encoder_mask: Callable = induction_mask    # of a Layout
+    llm_mask: Callable = supervision_mask      # of a Layout
+    latent: Callable = alpha_and_latent

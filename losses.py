@@ -1,4 +1,4 @@
-"""The paper's equations: what the models minimise, as short pure functions.
+"""The paper's equations: what the models minimise, and the passes that it is made of.
 
     phase 1   ℓ_sup  = 1/n Σ_i 1/|J_i| Σ_{t∈J_i} −log p(x_t | …)                 weighted_nll
               where … are X, z₀ … z_i and the tokens of J_i before t, and J_i are the tokens of
@@ -19,6 +19,8 @@ distribution, and q_i that at the slot before z_i; the letters of the shapes are
 import numpy as np
 import torch
 import torch.nn.functional as F
+
+from encoder import Parts, insert_latents, ordinary_softmax, summary_states
 
 
 def mean_over_latents(loss, n):
@@ -81,19 +83,47 @@ def latent_kl(p, ids, logits, n):
     return mean_over_latents((torch.xlogy(p, p) - p * log_q).sum(2), n)
 
 
-def latent_mse(hidden, target, n):
-    """Ablation `hidden_latents`, in place of L_lat: the mean squared error over a row's n latents.
+# ----------------------------------------------------------------- the passes that they are made of
 
-    hidden, target (B, N, C); n (B,).
+def explicit_loss(llm, seq):
+    """SFT, one pass over X <bot> S <eot> Ans: the mean −log q of the tokens of S and Ans."""
+    hidden = llm(llm.wte(seq.ids), seq.pos, index=seq.predict_index)           # (B, P, C)
+    return weighted_nll(llm.head(hidden), seq.target, seq.loss_weight)
+
+
+def bag_loss(encoder, enc, chunks, n_ordinary, parts=Parts()):
+    """The encoder alone, one pass over the layout `enc`: KL(bag ‖ α). chunks int64 (B, N, c)."""
+    states = summary_states(encoder, enc, parts.encoder_mask)                  # (B, N, C)
+    return bag_kl(ordinary_softmax(encoder.head(states), n_ordinary), chunks, enc.n)
+
+
+def sup_loss(encoder, llm, enc, seq, chunks, n_ordinary, top_k=0, parts=Parts()):
+    """Phase 1: (ℓ_sup, with the term of the followed text if `seq` has one; the KL of bag_kl).
+
+    One pass of the encoder computes all summaries of the layout `enc`, one pass of the LLM all
+    continuations of the layout `seq`. chunks int64 (B, N, c), from encoder.chunk_tokens.
     """
-    return mean_over_latents((hidden.float() - target).square().mean(2), n)
+    states = summary_states(encoder, enc, parts.encoder_mask)                  # (B, N, C)
+    alpha, z = parts.latent(encoder, states, llm.wte.weight, n_ordinary, top_k)
+    x = insert_latents(llm.wte(seq.ids), z, seq.latent)                        # (B, T, C)
+    hidden = llm(x, seq.pos, parts.llm_mask(seq), index=seq.predict_index)     # (B, P, C)
+    sup = weighted_nll(llm.head(hidden), seq.target, seq.loss_weight)
+    return sup, bag_kl(alpha, chunks, enc.n)
 
 
-def eot_penalty(logits, eot, n):
-    """Ablation `hidden_latents`: −log(1 − q[<eot>]), mean over a row's n latents and the batch.
+def read_chain(llm, seq, z):
+    """One causal pass over X <bot> z₀ … z_{n-1} <eot> Ans: its hidden states (B, N + P, C).
 
-    logits (B, N, V) of q; eot int64 (1,): its id; n (B,).
+    The first N predict the z (B, N, C), the others <eot> Ans. seq: the Layout of latent_batch.
     """
-    logits = logits.float()
-    others = logits.index_fill(2, eot, -torch.inf)                             # (B, N, V)
-    return mean_over_latents(logits.logsumexp(2) - others.logsumexp(2), n)
+    x = insert_latents(llm.wte(seq.ids), z, seq.latent)                        # (B, T, C)
+    index = torch.cat([seq.summary_index, seq.predict_index], 1)               # (B, N + P)
+    return llm(x, seq.pos, index=index)
+
+
+def latent_loss(llm, seq, z, p, ids):
+    """Phase 3: (L_exp, L_lat). z (B, N, C): the input; p, ids (B, N, K): the target p̃, sparse."""
+    N = seq.summary_index.size(1)
+    logits = llm.head(read_chain(llm, seq, z))                                 # (B, N + P, V)
+    exp = weighted_nll(logits[:, N:], seq.target, seq.loss_weight)
+    return exp, latent_kl(p, ids, logits[:, :N], seq.n)

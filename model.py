@@ -1,7 +1,6 @@
 """The GPT: plain PyTorch, attention and KV cache by hand. Used twice, as encoder and as LLM.
 
-    model = GPT(GPTConfig(vocab_size=512))            # from scratch
-    model = GPT.from_gpt2("gpt2")                     # OpenAI's weights, downloaded once
+    model = GPT(GPTConfig(vocab_size=512))            # new weights; GPT-2's: lab/gpt2.py
     hidden = model(model.wte(ids))                    # (B, T, C)
     logits = model.head(hidden)                       # (B, T, V)
 
@@ -17,25 +16,11 @@ Shapes, here and in every file:
     N  latent tokens   K  entries of a top-k             P  slots whose hidden state is returned
 """
 import math
-import re
-import urllib.request
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-
-GPT2 = {  # layers, heads, channels; each has 1024 positions
-    "gpt2": (12, 12, 768),
-    "gpt2-medium": (24, 16, 1024),
-    "gpt2-large": (36, 20, 1280),
-    "gpt2-xl": (48, 25, 1600),
-}
-GPT2_URL = "https://huggingface.co/openai-community/{}/resolve/main/pytorch_model.bin"
-GPT2_SHA256 = {  # of that file; for the larger models it is read from the hub
-    "gpt2": "7c5d3f4b8b76583b422fcb9189ad6c89d5d97a094541ce8932dce3ecabde1421",
-}
 
 
 @dataclass
@@ -46,12 +31,6 @@ class GPTConfig:
     n_head: int = 4
     n_embd: int = 128
     gelu: str = "none"  # F.gelu's `approximate`: exact is faster on a CPU, GPT-2 has "tanh"
-    ltim: bool = True             # ablations of encoder.py, kept here so that a checkpoint
-    hidden_latents: bool = False  # says how its model reads and thinks
-
-    def __post_init__(self):
-        if self.n_embd % self.n_head:
-            raise ValueError(f"--n-embd {self.n_embd} must be a multiple of --n-head {self.n_head}")
 
 
 class KVCache:
@@ -204,63 +183,3 @@ class GPT(nn.Module):
         """
         with torch.autocast(hidden.device.type, enabled=False):
             return F.linear(hidden.to(self.wte.weight.dtype), self.wte.weight)
-
-    @classmethod
-    def from_gpt2(cls, name, vocab_size=50304, state=None):
-        """A GPT with GPT-2's published weights, and new rows of E for the special tokens.
-
-        `state` is a state dict to read in place of the published one. A new row is the mean of the
-        old ones: GPT-2's logits are far below zero, so that a row near zero would have the largest
-        logit everywhere. Raises ValueError where a tensor is missing or has another shape, and
-        what gpt2_weights raises.
-        """
-        n_layer, n_head, n_embd = GPT2[name]
-        published = gpt2_weights(name) if state is None else state
-        published = {key.removeprefix("transformer."): value for key, value in published.items()}
-        model = cls(GPTConfig(vocab_size, 1024, n_layer, n_head, n_embd, gelu="tanh"))
-        for key, mine in model.state_dict().items():
-            theirs = published.get(key)
-            if theirs is None:
-                raise ValueError(f"the GPT-2 weights have no tensor {key!r}")
-            if key.endswith("weight") and "c_" in key:
-                theirs = theirs.t()  # GPT-2 stores its linear maps as (in, out)
-            if key == "wte.weight":
-                mean = theirs.mean(0, keepdim=True)
-                theirs = torch.cat([theirs, mean.expand(vocab_size - len(theirs), -1)])
-            if theirs.shape != mine.shape:
-                raise ValueError(f"the GPT-2 weights have {key!r} as {tuple(theirs.shape)}, "
-                                 f"not {tuple(mine.shape)}")
-            mine.copy_(theirs)
-        return model
-
-
-def gpt2_weights(name):
-    """GPT-2's state dict as published: from torch's cache, or downloaded to it.
-
-    Raises OSError or ValueError where the download fails, RuntimeError where its checksum differs,
-    ValueError where the file in the cache is damaged.
-    """
-    file = Path(torch.hub.get_dir(), "checkpoints", f"openai-{name}.bin")
-    if not file.is_file():
-        url = GPT2_URL.format(name)
-        sha256 = GPT2_SHA256.get(name) or published_sha256(url)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        torch.hub.download_url_to_file(url, str(file), sha256)  # to a temporary file first
-    try:
-        return torch.load(file, map_location="cpu", weights_only=True)
-    except (PermissionError, MemoryError):
-        raise
-    except Exception:  # a damaged file fails in many ways
-        raise ValueError(f"{file} is damaged; remove it, and it is downloaded again")
-
-
-def published_sha256(url):
-    """The SHA-256 of a large file on the hub, from the pointer that its git stores in its place.
-
-    Raises OSError where the hub cannot be reached, ValueError where it does not give the checksum.
-    """
-    with urllib.request.urlopen(url.replace("/resolve/", "/raw/"), timeout=60) as note:
-        found = re.search(rb"sha256:([0-9a-f]{64})", note.read(1000))
-    if not found:
-        raise ValueError(f"the hub does not say the checksum of {url}; try again later")
-    return found[1].decode()

@@ -10,128 +10,61 @@ the input and in the target, so that the model sees many chains around the store
 by latent decoding: it feeds itself latents until it predicts <eot>, then writes the answer.
 Next: analyze.py
 """
-import torch
-
-import common
-from data import splits
-from decode import evaluate
-from encoder import hidden_as_input, insert_latents, latent_batch, superpose_sparse
-from losses import (eot_penalty, gumbel_noise, gumbel_perturb, latent_kl, latent_mse,
-                    weighted_nll)
-from model import GPTConfig
-from optim import Optimizer, schedule
-
-
-def add_flags(p):
-    add = p.add_argument_group("ablations").add_argument
-    add("--noise", type=float, help="scale of the Gumbel noise (default: 1, as in the paper; on "
-        "the toy task and with --easy 0.1; 0 = off)")
-    add("--start", choices=["sup", "sft"], default="sup", help="the LLM to start from: that of "
-        "phase 1 (default), or the warm-up, which has never read a latent")
+from encoder import latent_batch, superpose_sparse
+from lab.ablations import hidden_loss
+from lab.evaluate import evaluate
+from lab.files import Store, build, load
+from lab.optim import Optimizer, schedule
+from lab.run import Run
+from lab.setup import compile_blocks, setup, start
+from lab.sources import splits
+from losses import gumbel_noise, gumbel_perturb, latent_loss
 
 
-# ----------------------------------------------------------------------------------------- the idea
-
-def read_chain(llm, seq, z):
-    """One causal pass over the chain z (B, N, C): its hidden states (B, N + P, C).
-
-    The first N predict the z, the others <eot> Ans.
-    """
-    x = insert_latents(llm.wte(seq.ids), z, seq.latent)                        # (B, T, C)
-    index = torch.cat([seq.summary_index, seq.predict_index], 1)               # (B, N + P)
-    return llm(x, seq.pos, index=index)
-
-
-def latent_loss(llm, seq, values, ids, noise):
-    """Phase 3: (L_exp, L_lat), one causal pass over X <bot> z₀ … z_{n-1} <eot> Ans.
-
-    seq: the Layout of latent_batch; values float32, ids int64 (B, N, K): the stored α; noise
-    float32 (B, N, K). The perturbed p̃ makes the input z, and is the target.
-    """
-    N = seq.summary_index.size(1)
-    p = gumbel_perturb(values, noise)                                          # (B, N, K)
-    z = superpose_sparse(p, ids, llm.wte.weight)                               # (B, N, C)
-    logits = llm.head(read_chain(llm, seq, z))                                 # (B, N + P, V)
-    exp = weighted_nll(logits[:, N:], seq.target, seq.loss_weight)
-    return exp, latent_kl(p, ids, logits[:, :N], seq.n)
-
-
-def hidden_loss(llm, seq, values, ids, noise):
-    """Ablation, of train_sup.py --latents hidden: (L_exp, the regression loss of the latents).
-
-    values float32 (B, N, C): the encoder's hidden states, input and target; ids and noise are not
-    used. A state that is copied may have any q, also one whose argmax is <eot>, which would end the
-    chain in decoding. So the loss of the latents also keeps q off <eot>.
-    """
-    N = seq.summary_index.size(1)
-    hidden = read_chain(llm, seq, hidden_as_input(values, llm.wte.weight))     # (B, N + P, C)
-    logits = llm.head(hidden)                                                  # (B, N + P, V)
-    exp = weighted_nll(logits[:, N:], seq.target, seq.loss_weight)
-    eot = seq.target[0, :1]  # every answer begins with it                     # (1,)
-    lat = latent_mse(hidden[:, :N], values, seq.n) + eot_penalty(logits[:, :N], eot, seq.n)
-    return exp, lat
-
-
-# ----------------------------------------------------------------------------------------- the loop
-
-def train_latent(llm, store, train, val, args, env):
+def train_latent(llm, store, train, val, args, env, **made_of):
     """Minimise L_auto = L_exp + L_lat; the score is the accuracy of latent decoding on `val`."""
-    c = args.chunk_size
+    c, K = args.chunk_size, store.values.shape[1]
     caps = train.caps(c)
     train.make_buckets(chain_slots=1 / c)
-    common.compile_blocks([llm], args)
-    loss_of = hidden_loss if llm.config.hidden_latents else latent_loss
-    optimizer = Optimizer({llm: args.lr}, env.device)
-    run = common.Run("latent", args, env, {"llm": llm}, optimizer, train, args.steps,
-                     depends=("chunk_size", "noise", "start", "encoder", "store_top_k"))
+    compile_blocks([llm], args)
+    optimizer = Optimizer([llm], args.lr)
+    run = Run("latent", args, env, {"llm": llm}, optimizer, args.steps, made_of)
     for step in run:
-        batch = train.train_batch(step, args.batch_size, args.seed, env.rank, env.world)
+        batch = train.train_batch(step, args.batch_size, args.seed)
         seq = latent_batch(batch, c).to(env.device)
         values, ids = store.read(batch.rows, seq.summary_index.size(1))        # (B, N, K)
-        # drawn for the whole batch, so that it is the same among however many processes
-        shape = args.batch_size, *values.shape[1:]                             # (batch, N, K)
-        noise = gumbel_noise(args.seed, step, shape, args.noise)[env.rank::env.world]
-        values, ids, noise = values.to(env.device), ids.to(env.device), noise.to(env.device)
+        noise = gumbel_noise(args.seed, step, values.shape, args.noise).to(env.device)
+        values, ids = values.to(env.device), ids.to(env.device)
         with env.autocast():
-            exp, lat = loss_of(llm, seq, values, ids, noise)
+            if args.latents == "hidden":
+                exp, lat = hidden_loss(llm, seq, values)
+            else:
+                p = gumbel_perturb(values, noise)                              # (B, N, K)
+                z = superpose_sparse(p, ids, llm.wte.weight)                   # (B, N, C)
+                exp, lat = latent_loss(llm, seq, z, p, ids)
         loss = exp + lat
         loss.backward()
-        common.average_gradients(optimizer.parameters, env.world)
-        norm = torch.nn.utils.clip_grad_norm_(optimizer.parameters, 1.0)
-        for group in optimizer.param_groups:
-            group["lr"] = group["peak_lr"] * schedule(step, args.steps)
-        optimizer.step()
-        optimizer.zero_grad()
+        norm = optimizer.step(schedule(step, args.steps))
         run.log(loss=loss, exp=exp, lat=lat, norm=norm)
-        if run.evaluates:
-            result = evaluate(llm, val, env, "latent", caps, chunk_size=c, top_k=store.top_k)
+        if run.due:
+            result = evaluate(llm, val, env, caps, c=c, top_k=K)
             run.save(result["accuracy"], steps=result["steps"])
 
 
-# --------------------------------------------------------------------------------------- the script
-
 def main(argv=None):
-    p = common.parser(__doc__, "latent")
-    add_flags(p)
-    args, env = common.setup(p, "latent", argv)
+    args, env = setup(__doc__, "latent", argv)
     train, val = splits(args, env)
-    encoder = common.identity(env.parent["models"]["encoder"])
-    expected = dict(fingerprint=train.fingerprint, chunk_size=args.chunk_size,
-                    tokenizer=env.tokenizer.name, encoder=encoder)
-    if args.top_k is not None:
-        expected["top_k"] = common.count_entries(args.top_k, env.tokenizer)
-    store = common.Store(args.out / "latents", **expected)
-    caps = list(train.caps(args.chunk_size))
-    env.config.update(encoder=encoder, store_top_k=store.top_k, caps=caps)
-    start = env.parent
+    made_of = {"data": train.fingerprint, "sup": env.parent["id"]}
+    latents = load(args.out / "latents", **made_of)
+    store = Store(args.out / "latents")
+    env.settings.update(store_top_k=store.values.shape[1], caps=list(train.caps(args.chunk_size)))
+    begin = env.parent
     if args.start == "sft":
-        start = common.load_checkpoint(args.out / "sft.pt")
-        common.require_one_warm_up(args.out, {"sft": start, "sup": env.parent})
-    llm = common.build(start, "llm", env.device)
-    llm.config = GPTConfig(**env.parent["config"]["model"])  # sft.pt has no ablations of phase 1
-    train_latent(llm, store, train, val, args, env)
-    common.say_next("analyze.py", args, env)
+        begin = load(args.out / "sft.pt", id=env.parent["made_of"]["sft"])
+    llm = build(begin, "llm", env.device)
+    train_latent(llm, store, train, val, args, env, latents=latents["id"], **made_of)
+    print(f"next: python analyze.py --out {args.out}")
 
 
 if __name__ == "__main__":
-    common.start(main)
+    start(main)

@@ -1,12 +1,14 @@
-"""What the tests share: a vocabulary of a few ids, float64 models, random batches, where data is.
+"""What the tests share: a vocabulary of a few ids, float64 models, random batches, a finished run.
 
 Most tests compare one fast pass with a plain loop that feeds one row at a time to a plain causal
 model. In float64 the two differ by rounding, about 1e-14, and any leak through a mask or a wrong
 position by many orders more.
 """
+import importlib
 import itertools
 import json
 import os
+import shutil
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,11 +24,18 @@ if (SHARED / "tiktoken").is_dir():
     os.environ.setdefault("TIKTOKEN_CACHE_DIR", str(SHARED / "tiktoken"))
 torch.set_num_threads(1)
 
-from data import Batch, Tokenizer, Tokens, UserError  # noqa: E402  (the path is set above)
+import lab.sources  # noqa: E402  (the path is set above)
+from data import Batch, Tokenizer, Tokens  # noqa: E402
+from lab.files import UserError  # noqa: E402
 from model import GPT, GPTConfig  # noqa: E402
 
 # ids 16 … 19 are padding
 VOCAB = SimpleNamespace(n_ordinary=12, eos=12, bot=13, eot=14, sum=15, n_vocab=20)
+# the smallest run: two evaluations in each loop; drawing all toy problems would take longer
+FEW = {"train": 64, "val": 8, "test": 8}
+TINY = ["--n-layer", "1", "--n-embd", "16", "--n-head", "1", "--batch-size", "8",
+        "--sft-steps", "4", "--steps", "4", "--bag-steps", "1", "--eval-every", "2"]
+LATENT = ["--batch-size", "8", "--steps", "4", "--eval-every", "2"]
 
 
 def tiny(seed, block_size=64, **shape):
@@ -78,6 +87,47 @@ def easy_file(folder):
         rows.append(json.dumps({"question": f"{a} pens, and {b + 5} more?", "answer": answer}))
     (folder / "mine.jsonl").write_text("\n".join(rows))
     return str(folder / "mine.jsonl")
+
+
+def run_script(script, *flags):
+    """A script's main, in this process: faster than one of its own."""
+    importlib.import_module(script).main([str(flag) for flag in flags])
+
+
+def pipeline(out, *flags, sup=(), latent=()):
+    """The three phases in a row, all with `flags`."""
+    run_script("train_sup", *TINY, "--out", out, *sup, *flags)
+    run_script("compress", "--out", out, *flags)
+    run_script("train_latent", *LATENT, "--out", out, *latent, *flags)
+
+
+@pytest.fixture
+def few(monkeypatch):
+    monkeypatch.setattr(lab.sources, "TOY_SIZE", FEW)
+
+
+@pytest.fixture
+def call(few, monkeypatch, tmp_path):
+    """call("train_sup", flag, …): a script's main, in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+    return run_script
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory):
+    """A folder in which all phases and the baselines are done. Not to be changed."""
+    out = tmp_path_factory.mktemp("finished") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lab.sources, "TOY_SIZE", FEW)
+        pipeline(out)
+        run_script("train_sup", *TINY, "--baselines", "--baseline-steps", 6, "--out", out)
+    return out
+
+
+@pytest.fixture
+def copy(finished, tmp_path):
+    """A copy of `finished`."""
+    return shutil.copytree(finished, tmp_path / "copy")
 
 
 @pytest.fixture(scope="session")

@@ -1,92 +1,76 @@
-"""Each ablation against the plain loop that says what it leaves out."""
+"""Each ablation: what is seen, what is fed, what is learned, and that every script knows of it."""
 import json
-from dataclasses import replace
+from inspect import unwrap
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
+import analyze
+import compress
+import lab.sources
+import train_latent
 import train_sup
 from conftest import VOCAB, close, random_batch, rows, tiny
-from compress import top_entries
-from data import UserError
 from decode import decode
-from encoder import (alpha_and_latent, chunk_tokens, encoder_batch, hidden_as_input, insert_latents,
-                     latent_batch, llm_batch, summarize, summary_states)
-from test_decode import speaker
-from test_encoder import embed, random_latents, read
-from test_scripts import TINY, call  # noqa: F401  (call is a fixture)
-from train_latent import hidden_loss
-from train_sup import sup_loss
+from encoder import (chunk_tokens, encoder_batch, induction_mask, latent_batch, llm_batch,
+                     ordinary_softmax, summary_states)
+from lab.ablations import hidden_as_input, hidden_entries, hidden_latent, hidden_loss, parts_of
+from lab.files import UserError, build, load, weights_id
+from losses import bag_loss, sup_loss
+from test_encoder import embed, positions, read
+from test_losses import mean_nll
 
 CHAINS = [7, 0, 4, 1]
 
 
-def with_flags(model, **flags):
-    model.config = replace(model.config, **flags)
-    return model
+def parts(ltim="on", ltsum="on", latents="superposition"):
+    return parts_of(SimpleNamespace(ltim=ltim, ltsum=ltsum, latents=latents))
 
 
-@pytest.mark.parametrize("c", [1, 2, 3])
-def test_without_ltim_a_summary_token_sees_the_earlier_ones(c):
-    """α_i is that of a plain causal pass over X S₀ L₀ … S_i L_i."""
-    encoder = with_flags(tiny(0), ltim=False)
-    batch = random_batch(CHAINS)
-    alpha = summarize(encoder, encoder_batch(batch, c, VOCAB.sum), VOCAB.n_ordinary)
-    masked = summarize(tiny(0), encoder_batch(batch, c, VOCAB.sum), VOCAB.n_ordinary)
-    for b, (X, S, _) in enumerate(rows(batch, c)):
-        tokens, pos = list(X), list(range(len(X)))
-        for i, chunk in enumerate(S):
-            first = len(X) + c * i
-            tokens += chunk + [VOCAB.sum]
-            pos += range(first, first + len(chunk) + 1)
-            logits = encoder.head(read(encoder, embed(encoder, tokens), pos)[-1])
-            one = logits[:VOCAB.n_ordinary].softmax(0)
-            close(alpha[b, i], one.float(), 1e-7)
-            assert ((alpha[b, i] - masked[b, i]).abs().max() > 1e-4) == (i > 0)
-
-
-def test_without_ltsum_the_text_before_is_seen():
-    """The LLM's pass is plain causal over X z₀ [S₁] z₁ [S₂] …, but for the text that is followed.
-
-    To change that text changes nothing else.
-    """
-    llm = tiny(1)
-    batch = random_batch([8])
-    for follow in None, [1]:
-        seq = llm_batch(batch, 2, follow)
-        z = random_latents(seq)
-        mask = train_sup.LTSUM["off"](seq)
-
-        def run(ids, mask):
-            return llm(insert_latents(llm.wte(ids), z, seq.latent), seq.pos, mask)
-
-        found = run(seq.ids, mask)
-        followed = seq.segment == 5
-        if not follow:
-            close(found, run(seq.ids, None))
-        else:
-            other = run(torch.where(followed, (seq.ids + 1) % VOCAB.n_ordinary, seq.ids), mask)
-            assert torch.equal(found[~followed], other[~followed])
-            assert (found[followed] != other[followed]).any(1).all()
+def test_what_is_seen_without_the_masks():
+    """--ltsum local: a chunk sees its z and itself. Only what is followed keeps to what it sees."""
+    picture = """
+        ■ · · · · · · · · ·    X
+        ■ ■ · · · · · · · ·      followed from the start
+        ■ ■ ■ · · · · · · ·
+        ■ · · ■ · · · · · ·    z₀
+        · · · ■ ■ · · · · ·      S₁
+        · · · ■ ■ ■ · · · ·
+        ■ · · ■ · · ■ · · ·    z₁
+        · · · · · · ■ ■ · ·      S₂
+        ■ · · ■ · · ■ · ■ ·    z₂
+        ■ · · ■ · · ■ · ■ ■      <eot>"""
+    layout = SimpleNamespace(segment=torch.tensor([[0, 4, 4, 0, 1, 1, 0, 2, 0, 3]]),
+                             latent=torch.tensor([[0, 0, 0, 1, 0, 0, 2, 0, 3, 0]]))
+    lines = picture.splitlines()[1:]
+    expected = torch.tensor([[[mark == "■" for mark in line if mark in "■·"] for line in lines]])
+    assert torch.equal(parts(ltsum="local").llm_mask(layout), expected)
+    expected[0, [4, 5, 7, 7], [0, 0, 0, 3]] = True
+    assert torch.equal(parts().llm_mask(layout), expected)
+    expected = torch.ones(1, 10, 10, dtype=torch.bool).tril()  # causal
+    expected[0, 3:, 1:3] = False
+    assert torch.equal(parts(ltsum="off").llm_mask(layout), expected)
+    assert parts(ltim="off").encoder_mask(layout) is None      # causal
+    assert parts().encoder_mask == induction_mask
 
 
 def test_a_hidden_latent_is_the_hidden_state():
     """Scaled to the embeddings' size; the loss of phase 1 reaches the encoder through it."""
-    encoder, llm = (with_flags(tiny(seed), hidden_latents=True) for seed in (0, 1))
+    encoder, llm = tiny(0), tiny(1)
     batch = random_batch(CHAINS)
     enc = encoder_batch(batch, 2, VOCAB.sum)
     states = summary_states(encoder, enc)
-    E = llm.wte.weight
-    alpha, z = alpha_and_latent(encoder, states, E, VOCAB.n_ordinary)
-    assert torch.equal(z, states * E.std())
-    assert torch.equal(alpha, summarize(encoder, enc, VOCAB.n_ordinary))
-    values, ids, _ = top_entries(encoder, states, VOCAB.n_ordinary, 16)
-    close(values, states.float(), 0)
+    alpha, z = hidden_latent(encoder, states, llm.wte.weight, VOCAB.n_ordinary)
+    assert torch.equal(z, states * llm.wte.weight.std())
+    assert torch.equal(alpha, ordinary_softmax(encoder.head(states), VOCAB.n_ordinary))
+    values, ids, mass = hidden_entries(states)
+    assert torch.equal(values, states.float()) and ids.shape == values.shape and (mass == 1).all()
     encoder.requires_grad_()
     sup, _ = sup_loss(encoder, llm, enc, llm_batch(batch, 2), chunk_tokens(batch, 2),
-                      VOCAB.n_ordinary)
+                      VOCAB.n_ordinary, parts=parts(latents="hidden"))
     sup.backward()
     assert all(p.grad is not None and p.grad.any() for p in encoder.h.parameters())
 
@@ -96,86 +80,53 @@ def test_phase_3_on_hidden_states():
 
     And there the probability that the chain goes on.
     """
-    llm = with_flags(tiny(1), hidden_latents=True)
-    batch = random_batch(CHAINS)
+    llm, batch = tiny(1), random_batch(CHAINS)
     seq = latent_batch(batch, 2)
     target = torch.randn(*seq.summary_index.shape, 16)
     exp = lat = 0
     for b, (X, S, answer) in enumerate(rows(batch, 2)):
         n = len(S)
-        x = torch.cat([embed(llm, X), hidden_as_input(target[b, :n], llm.wte.weight).double(),
-                       embed(llm, answer)])
-        pos = [*range(len(X)), *range(len(X) + 1, len(X) + 2 * n, 2),
-               *range(len(X) + 2 * n, len(X) + 2 * n + len(answer))]
-        hidden = read(llm, x, pos)[len(X) - 1:]
-        q = llm.head(hidden).log_softmax(1)
+        z = hidden_as_input(target[b, :n], llm.wte.weight)
+        exp += mean_nll(llm, X, list(z), answer, 2)
         if n:
-            lat += ((hidden[:n] - target[b, :n]) ** 2).mean()
-            lat -= (1 - q[:n, VOCAB.eot].exp()).log().mean()
-        exp += sum(-q[n + t, token] for t, token in enumerate(answer)) / len(answer)
-    found_exp, found_lat = hidden_loss(llm, seq, target, None, None)
+            x = torch.cat([embed(llm, X), z.double()])
+            hidden = read(llm, x, positions(len(X), n, 2, 0))[len(X) - 1:-1]
+            lat += ((hidden - target[b, :n]) ** 2).mean()
+            lat -= (1 - llm.head(hidden).softmax(1)[:, VOCAB.eot]).log().mean()
+    found_exp, found_lat = hidden_loss(llm, seq, target)
     close(found_exp.double(), exp / len(CHAINS), 1e-5)
     close(found_lat.double(), lat / len(CHAINS), 1e-5)
 
 
-def test_decoding_feeds_hidden_states_back():
-    llm, x, pos, length = speaker(3)
-    with_flags(llm, hidden_latents=True)
-    fed = []
-    out = decode(llm, VOCAB, x, pos, length, c=2, max_latents=3, max_tokens=1,
-                 on_latent=lambda step, q, z, active: fed.append((z, active)))
-    for b, n in enumerate(length):
-        one, at = x[b, :n], list(range(n))
-        for z, active in fed:
-            if not active[b]:
-                break
-            hidden = llm(one[None], torch.tensor([at]))[0, -1]
-            close(z[b], hidden_as_input(hidden, llm.wte.weight))
-            one, at = torch.cat([one, z[b][None]]), at + [at[-1] + 2]
-    assert (out.latents > 1).any()
-
-
-@pytest.mark.parametrize("flags, latent", [
-    (["--ltim", "off", "--ltsum", "off"], ["--start", "sft"]),
-    (["--latents", "hidden", "--encoder-first", 1], []),
+@pytest.mark.parametrize("hidden, flags, latent", [
+    (False, ["--ltim", "off", "--ltsum", "off"], ["--start", "sft"]),
+    (True, ["--latents", "hidden", "--encoder-first", "1"], []),
 ], ids=["no masks", "hidden"])
-def test_the_pipeline_with_ablations(call, capsys, flags, latent):  # noqa: F811
+def test_the_pipeline_with_ablations(hidden, flags, latent, tmp_path, monkeypatch, capsys):
     """Every later script reads what phase 1 said of its latents; a hidden state has no tokens."""
-    call("train_sup", *TINY, *flags, "--out", "run")
-    call("compress", "--out", "run")
-    call("train_latent", "--steps", 2, *latent, "--out", "run")
-    call("analyze", "--limit", 4, "--out", "run")
-    config = torch.load("run/latent.pt", weights_only=True)["config"]["model"]
-    assert config["ltim"] == ("--ltim" not in flags)
-    assert config["hidden_latents"] == ("--latents" in flags)
-    values = np.load("run/latents/values.npy")
-    assert (values < 0).any() == ("--latents" in flags)
-    assert ("of α's mass" in capsys.readouterr().out) == ("--latents" not in flags)
-    report = json.loads(Path("run/report.json").read_text("utf-8"))
-    assert (report["collapse"] is None) == ("--latents" in flags)
-    assert ("cannot be cut" in Path("run/report.html").read_text("utf-8")) == ("--latents" in flags)
-    if "--latents" in flags:
-        for script in "compress", "train_latent", "analyze":
-            with pytest.raises(UserError, match="a hidden state has no entries"):
-                call(script, "--top-k", 5, "--out", "run")
-
-
-def test_the_llm_is_frozen_while_the_encoder_is_first(call):  # noqa: F811
-    steps = ["--bag-steps", 0, "--steps", 2, "--encoder-first"]
-    call("train_sup", *TINY, *steps, 2, "--out", "run")
-    sft, sup = (torch.load(f"run/{name}.pt", weights_only=True)["models"] for name in
-                ("sft", "sup"))
-    assert all(torch.equal(sft["llm"][name], p) for name, p in sup["llm"].items())
-    assert not all(torch.equal(sft["llm"][name], p) for name, p in sup["encoder"].items())
-    call("train_sup", *TINY, *steps, 1, "--out", "other")
-    other = torch.load("other/sup.pt", weights_only=True)["models"]
-    assert not all(torch.equal(sft["llm"][name], p) for name, p in other["llm"].items())
-
-
-def test_phase_3_can_start_from_the_explicit_model(call):  # noqa: F811
-    call("train_sup", *TINY, "--out", "run")
-    call("compress", "--out", "run")
-    call("train_latent", "--steps", 0, "--start", "sft", "--out", "run")
-    sft, latent = (torch.load(f"run/{name}.pt", weights_only=True)["models"]["llm"]
-                   for name in ("sft", "latent"))
-    assert all(torch.equal(sft[name], p) for name, p in latent.items())
+    monkeypatch.setattr(lab.sources, "TOY_SIZE", {"train": 64, "val": 8, "test": 8})
+    for function in summary_states, bag_loss, sup_loss, decode:
+        function = unwrap(function)
+        # the last default is the method's own part: no script may fall back on it
+        monkeypatch.setattr(function, "__defaults__", (*function.__defaults__[:-1], None))
+    out = ["--out", str(tmp_path)]
+    train_sup.main("--n-layer 1 --n-embd 16 --n-head 1 --batch-size 8 --sft-steps 2 --steps 2 "
+                   "--bag-steps 1 --chunk-size 8".split() + flags + out)
+    compress.main(out)
+    train_latent.main(["--steps", "2", *latent, *out])
+    analyze.main(["--limit", "4", *out])
+    sft, sup, last = (load(tmp_path / f"{name}.pt") for name in ("sft", "sup", "latent"))
+    assert last["settings"]["ltim"] == ("on" if hidden else "off")
+    assert (last["settings"]["latents"] == "hidden") == hidden
+    started = build(sup if hidden else sft, "llm", "cpu")
+    assert last["made_of"]["start"] == weights_id({"llm": started})
+    # with --bag-steps 1 and --encoder-first 1 the LLM has rested for both updates of phase 1
+    before, after = sft["models"]["llm"], sup["models"]["llm"]
+    assert all(torch.equal(before[name], p) for name, p in after.items()) == hidden
+    assert (np.load(tmp_path / "latents" / "values.npy") < 0).any() == hidden
+    assert ("of α's mass" in capsys.readouterr().out) != hidden
+    assert (json.loads(Path(tmp_path, "report.json").read_text())["collapse"] is None) == hidden
+    assert ("cannot be cut" in Path(tmp_path, "report.html").read_text("utf-8")) == hidden
+    if hidden:
+        with pytest.raises(UserError, match="a hidden state has no entries"):
+            compress.main(["--top-k", "5", *out])

@@ -1,26 +1,28 @@
-"""Problems: the toy task, the loaders, the tokenizers, scoring, and what makes a batch."""
+"""Problems: the toy task, the loaders, the tokenizers, and what makes a batch."""
 import hashlib
 import http.client
 import io
 import itertools
 import json
 import re
-import time
-from collections import Counter
-from decimal import Decimal
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 import data
+import lab.sources
 import toy
 from conftest import ROOT, easy_file
-from data import TOY_SIZE, Problems, UserError, load, numbers, split_of, to_number
-from encoder import (Layout, draw_followed, encoder_batch, explicit_batch, latent_batch,
-                     llm_batch)
+from data import Problems, Tokenizer, parse_gsm8k, read
+from encoder import draw_followed, encoder_batch, llm_batch
+from lab.files import UserError
+from lab.numbers import to_number
+from lab.sources import is_easy, load_problems, load_split, new_numbers, split_of, splits
 
 SAMPLE = ROOT / "tests" / "sample.jsonl"
+GOOD = '{"question": "What is 1 + 1?", "answer": "<<1+1=2>>\\n#### 2"}'
+SPLITS = ("train", "val", "test")
 
 
 # ------------------------------------------------------------------------------------- the toy task
@@ -28,27 +30,6 @@ SAMPLE = ROOT / "tests" / "sample.jsonl"
 @pytest.fixture(scope="module")
 def toy_problems():
     return list(toy.problems(1, 500, lambda question: True))
-
-
-def test_every_toy_path_leads_to_the_answer(toy_problems):
-    """Each step is true and uses only numbers that the question or an earlier step gave.
-
-    The last result is the answer.
-    """
-    for p in toy_problems:
-        assert p["chain"] in p["paths"] and len(set(p["paths"])) == 6
-        for path in p["paths"]:
-            known = set(re.findall(r"\d+", p["question"]))
-            if re.search("double|halve", p["question"]):
-                known.add("2")
-            steps = path.split(" ")
-            assert len(steps) in (8, 10)
-            for step in steps:
-                expression, result = re.fullmatch(r"<<([\d+*/-]+)=(\d+)>>", step).groups()
-                assert set(re.findall(r"\d+", expression)) <= known
-                assert eval(expression) == int(result) and 1 <= int(result) <= toy.TOP
-                known.add(result)
-            assert result == p["answer"]
 
 
 def change_by_hand(words):
@@ -78,7 +59,9 @@ def steps_by_hand(question):
 
 
 def calculate(a, op, b):
-    return {"+": a + b, "-": a - b, "*": a * b, "/": a // b}[op]
+    result = {"+": a + b, "-": a - b, "*": a * b, "/": a / b}[op]
+    assert result in range(1, toy.TOP + 1)  # so it is a whole number, too
+    return int(result)
 
 
 def path_by_hand(free, links):
@@ -93,30 +76,14 @@ def path_by_hand(free, links):
     return " ".join(texts)
 
 
-def test_the_toy_chain_is_what_the_question_says(toy_problems):
+def test_the_toy_paths_are_what_the_question_says(toy_problems):
+    """First in the order of the question. All lead to the answer, and one of them is the chain."""
     assert {p["chain"].count("<<") for p in toy_problems} == {8, 10}
     for p in toy_problems:
-        assert path_by_hand(*steps_by_hand(p["question"])) == p["paths"][0]
-
-
-def test_no_toy_path_is_missed(toy_problems):
-    """Brute force: all orders of the steps in which each comes after those it uses results of.
-
-    For problems of eight steps; ten can be put in 3,628,800 orders.
-    """
-    short = [p for p in toy_problems if p["chain"].count("<<") == 8]
-    for p in short[:5]:
         free, links = steps_by_hand(p["question"])
-        total = len(free) + 2 + len(links)
-        found = set()
-        for order in itertools.permutations(range(total)):
-            place = {step: i for i, step in enumerate(order)}
-            if any(place[step] > place[3] for step in range(3)):
-                continue  # they pool what all three have
-            if any(place[step - 1] > place[step] for step in range(4, total)):
-                continue  # each step from then on needs the result before it
-            found.add(path_by_hand([free[step] for step in order[:3]], links))
-        assert found == set(p["paths"])
+        paths = [path_by_hand(order, links) for order in itertools.permutations(free)]
+        assert paths == p["paths"] and len(set(paths)) == 6 and p["chain"] in paths
+        assert all(path.endswith(f"={p['answer']}>>") for path in paths)
 
 
 @pytest.mark.parametrize("as_told", [0.0, 0.3, 0.8, 1.0])
@@ -128,14 +95,15 @@ def test_a_share_of_the_toy_chains_is_as_told(as_told):
     assert others == (set() if as_told == 1 else {1, 2, 3, 4, 5})
 
 
-def test_toy_splits_are_seeded_and_share_no_question():
-    questions = {split: [p["question"] for p in load("toy", split)] for split in TOY_SIZE}
-    assert {split: len(set(q)) for split, q in questions.items()} == TOY_SIZE
-    assert not set(questions["train"]) & set(questions["val"] + questions["test"])
-    assert not set(questions["val"]) & set(questions["test"])
-    assert load("toy", "val") == load("toy", "val") != load("toy", "val", seed=1)
-    other_seed = {p["question"] for p in load("toy", "test", seed=1)}
-    assert not other_seed & set(questions["train"])  # whatever the seed
+def test_toy_splits_are_seeded_and_share_no_question(monkeypatch):
+    monkeypatch.setattr(lab.sources, "TOY_SIZE", {"train": 1500, "val": 60, "test": 80})
+    questions = {split: {p["question"] for p in load_problems("toy", split)} for split in SPLITS}
+    assert [len(found) for found in questions.values()] == [1500, 60, 80]
+    assert len(set.union(*questions.values())) == 1500 + 60 + 80
+    val, again, other = (load_problems("toy", "val", seed=seed) for seed in (0, 0, 1))
+    assert val == again != other
+    other_seed = {p["question"] for p in load_problems("toy", "test", seed=1)}
+    assert not other_seed & questions["train"]  # whatever the seed
 
 
 # --------------------------------------------------------------------------------------- tokenizers
@@ -173,134 +141,128 @@ def test_toy_words_and_numbers_are_tokens_and_unknown_words_are_bytes(toy_tokeni
 # ------------------------------------------------------------------------------------------ loaders
 
 def test_all_of_gsm8k_parses_and_tokenizes(gsm8k, gpt2_tokenizer):
-    splits = {split: load("gsm8k", split, gsm8k) for split in ("train", "val", "test")}
-    assert len(splits["train"]) + len(splits["val"]) == 7473 and len(splits["test"]) == 1319
-    assert 0.03 < len(splits["val"]) / 7473 < 0.07
+    size = {split: len(load_problems("gsm8k", split, gsm8k)) for split in SPLITS}
+    assert size["train"] + size["val"] == 7473 and size["test"] == 1319
+    assert 0.03 < size["val"] / 7473 < 0.07
     for cot in ("steps", "text"):
-        every = [p for split in splits for p in load("gsm8k", split, gsm8k, cot)]
-        assert len(every) == 8792
+        every = [p for split in SPLITS for p in load_problems("gsm8k", split, gsm8k, cot)]
         assert all(to_number(p["answer"]) is not None for p in every)
         done = Problems(every, gpt2_tokenizer, block_size=1024)
-        assert done.dropped == 0
+        assert (len(done), done.dropped) == (8792, 0)
         for row in range(0, 8792, 97):
             assert gpt2_tokenizer.decode(done.s[row]) == every[row]["chain"]
 
 
 def test_own_jsonl_in_the_form_of_gsm8k():
-    splits = {split: load(str(SAMPLE), split) for split in ("train", "val", "test")}
-    assert all(splits.values()) and sum(map(len, splits.values())) == 16
-    assert all(split_of(p["question"]) == split for split, rows in splits.items() for p in rows)
-    rows = {p["question"].split()[0]: p for rows in splits.values() for p in rows}
+    found = {split: load_problems(str(SAMPLE), split) for split in SPLITS}
+    assert all(found.values()) and sum(map(len, found.values())) == 16
+    assert all(split_of(p["question"]) == split for split, rows in found.items() for p in rows)
+    rows = {p["question"].split()[0]: p for rows in found.values() for p in rows}
     assert rows["Rosa"]["chain"] == "<<12*2=24>> <<12+24=36>>" and rows["Rosa"]["answer"] == "36"
     assert rows["How"]["chain"] == ""  # no calculator step, no chain
-    text = {p["question"].split()[0]: p for p in load(str(SAMPLE), "train", cot="text")}
+    text = {p["question"].split()[0]: p for p in load_problems(str(SAMPLE), "train", cot="text")}
     assert text["How"]["chain"] == "Eight legs three times over."
 
 
 def test_folder_with_train_and_test(tmp_path):
+    """A byte order mark, line ends of Windows and blank lines are nothing."""
     lines = SAMPLE.read_text("utf-8").splitlines(keepends=True)
     (tmp_path / "train.jsonl").write_text("".join(lines[:14]), "utf-8")
-    windows = "\ufeff" + "\r\n".join(lines[14:]) + "\n\n"
+    windows = "\ufeff\n" + "\r\n".join(lines[14:]) + "\n\n"
     (tmp_path / "test.jsonl").write_text(windows, "utf-8")
-    assert len(load(str(tmp_path), "test")) == 2
-    both = load(str(tmp_path), "train") + load(str(tmp_path), "val")
-    assert {p["question"] for p in both} == {json.loads(line)["question"] for line in lines[:14]}
+    both = load_problems(str(tmp_path), "train") + load_problems(str(tmp_path), "val")
+    test = load_problems(str(tmp_path), "test")
+    for rows, part in (both, lines[:14]), (test, lines[14:]):
+        assert {p["question"] for p in rows} == {json.loads(line)["question"] for line in part}
 
 
 def test_gsm8k_aug(tmp_path):
     question = "Out of 600 employees, 30% got a rise. How many did not?"
     chain = "<<600*30/100=180>> <<600-180=420>>"
     (tmp_path / "test.txt").write_text(f"{question}||{chain} #### 420\n")
-    assert load("gsm8k-aug", "test", tmp_path) == [
+    assert load_problems("gsm8k-aug", "test", tmp_path) == [
         {"question": question, "chain": chain, "answer": "420"}]
 
 
-GOOD = '{"question": "1 + 1?", "answer": "<<1+1=2>> #### 2"}'
+OBJECT, NUMBER = "expected a JSON object with the texts", "expected one number after '####'"
 
 
-MALFORMED = [
-    ("{", "no JSON"),
-    ("[1, 2]", "'question' and 'answer'"),
-    ('{"question": "x"}', "'question' and 'answer'"),
-    ('{"question": 5, "answer": "#### 5"}', "'question' and 'answer'"),
-    ("[" * 100000, "no JSON"),
-    ('{"question": " ", "answer": "#### 5"}', "question is empty"),
-    ('{"question": "x", "answer": "#### many"}', "'many'"),
-    ('{"question": "x", "answer": "it is 5"}', "after '####'"),
-    ('{"question": "x", "answer": "5 ####"}', "after '####'"),
-    ('{"question": "x", "answer": "#### 1.2.3"}', "one number after '####', found '1.2.3'"),
-    ('{"question": "x", "answer": "#### 1,2"}', "one number after '####', found '1,2'"),
-    ('{"question": "x", "answer": "#### 1/0"}', "one number after '####', found '1/0'"),
-    ('{"question": "x", "answer": "#### 5 or 6"}', "one number after '####', found '5 or 6'"),
-    ('{"question": "x", "answer": "#### 5 and 1.2.3"}', "one number after '####'"),
-]
-
-
-@pytest.mark.parametrize("bad, complaint", MALFORMED, ids=range(len(MALFORMED)))
-def test_a_malformed_line_is_named(tmp_path, bad, complaint):
+@pytest.mark.parametrize("content, says", [
+    (b"", ": no problems in it"),
+    (b"\n \n\n", ": no problems in it"),
+    (GOOD.encode("utf-16"), ": not UTF-8 text"),
+    (GOOD.replace("What", "Wh\xe4t").encode("latin-1"), ": not UTF-8 text"),
+    (GOOD[:40], f", line 1: {OBJECT}"),
+    (f"{GOOD}\n\n{GOOD[:-1]}", f", line 3: {OBJECT}"),
+    ("[1, 2]", f", line 1: {OBJECT}"),
+    ('{"question": "x"}', f", line 1: {OBJECT}"),
+    ('{"question": 5, "answer": "#### 5"}', f", line 1: {OBJECT}"),
+    ('{"question": " ", "answer": "#### 5"}', ", line 1: the question is empty"),
+    ('{"question": "x", "answer": "it is 5"}', f", line 1: {NUMBER}, found 'it is 5'"),
+    ('{"question": "x", "answer": "#### many"}', f", line 1: {NUMBER}, found 'many'"),
+    ('{"question": "x", "answer": "#### 1,2"}', f", line 1: {NUMBER}, found '1,2'"),
+    ('{"question": "x", "answer": "#### 5 or 6"}', f", line 1: {NUMBER}, found '5 or 6'"),
+], ids=range(14))
+def test_a_malformed_line_is_named(tmp_path, content, says):
     file = tmp_path / "mine.jsonl"
-    file.write_text(f"{GOOD}\n\n{bad}\n")
-    with pytest.raises(UserError) as error:
-        load(str(file), "train")
-    assert str(error.value).startswith(f"{file}, line 3: ") and complaint in str(error.value)
+    file.write_bytes(content.encode() if isinstance(content, str) else content)
+    with pytest.raises(UserError) as stop:
+        load_problems(str(file), "train")
+    assert str(stop.value).startswith(f"{file}{says}") and "\n" not in str(stop.value)
+
+
+def test_files_that_are_not_there_or_of_another_form(tmp_path):
+    for name, data_dir in (("gsm8k-aug", tmp_path), (str(tmp_path), None)):
+        with pytest.raises(UserError, match="train.*: no such file; it should be in the folder of"):
+            load_problems(name, "train", data_dir)
+    with pytest.raises(UserError, match="nothing: not toy, .* and no such file or folder"):
+        load_problems(str(tmp_path / "nothing"), "train")
+    (tmp_path / "test.txt").write_text("no bars #### 1")
+    with pytest.raises(UserError, match=r"test.txt, line 1: .*, found no '\|\|'"):
+        load_problems("gsm8k-aug", "test", tmp_path)
+    (tmp_path / "one.jsonl").write_text(GOOD)
+    with pytest.raises(UserError, match="one.jsonl: no problem falls to the val split"):
+        load_problems(str(tmp_path / "one.jsonl"), "val")
 
 
 @pytest.mark.parametrize("answer, kept", [
     ("1,234", "1234"), ("1 1/2", "1 1/2"), ("2.5e-06", "2.5e-06"), ("-$3.50", "-$3.50"),
-    ("18 dollars", "18 dollars"), ("1½", "1½"), ("2 x 10^3", "2 x 10^3"),
+    ("18 dollars", "18 dollars"), ("1½", "1½"),
 ])
 def test_an_answer_of_one_number_is_kept_as_written(tmp_path, answer, kept):
     """But for the commas; and it is the same number without them."""
     line = {"question": "x", "answer": f"<<1+1=2>> #### {answer}"}
-    (tmp_path / "test.jsonl").write_text(json.dumps(line))
-    problem, = load(str(tmp_path), "test")
-    assert problem["answer"] == kept
+    (tmp_path / "mine.jsonl").write_text(json.dumps(line))
+    problem, = read(tmp_path / "mine.jsonl", parse_gsm8k, "steps")
+    assert problem == {"question": "x", "chain": "<<1+1=2>>", "answer": kept}
     assert to_number(kept) == to_number(answer) is not None
 
 
-def test_what_has_no_chain_is_said(tmp_path, capsys):
+def settings(name, data_dir=None, **flags):
+    """The flags of a script that decide what its problems are."""
+    return SimpleNamespace(**{"data": name, "data_dir": data_dir, "cot": "steps", "seed": 0,
+                              "as_told": 0.8, "easy": 0, "renumber": 0, **flags})
+
+
+def test_what_has_no_chain_is_said(tmp_path, toy_tokenizer, capsys):
     """Solutions without calculator steps are no chain of thought, unless the whole text is one."""
     lines = [json.dumps({"question": f"{i} + 1?", "answer": f"It is {i + 1}. #### {i + 1}"})
              for i in range(60)]
     (tmp_path / "train.jsonl").write_text("\n".join(lines))
-    args = SimpleNamespace(data=str(tmp_path), data_dir=None, cot="steps", seed=0, as_told=0.8,
-                           easy=0, renumber=0, block_size=64, chunk_size=2)
-    env = SimpleNamespace(tokenizer=data.Tokenizer("toy"), rank=0)
-    train, val = data.splits(args, env)
-    said = capsys.readouterr().out.split(f"{len(train)} without a chain")[0]
-    assert f"train: {len(train)} problems" in said
-    args.cot = "text"
-    assert (data.splits(args, env)[0].s.length > 0).all()
-    assert "without" not in capsys.readouterr().out
+    env = SimpleNamespace(tokenizer=toy_tokenizer)
+    for cot, note in ("steps", ", {} without a chain of thought (see --cot text)"), ("text", ""):
+        args = settings(str(tmp_path), cot=cot, block_size=64, chunk_size=2)
+        train, = splits(args, env, ["train"])
+        assert capsys.readouterr().out == (
+            f"train: {len(train)} problems, 0 dropped as longer than --block-size 64, counted in "
+            f"whole chunks{note.format(len(train))}\n")
+        assert (train.s.length > 0).all() == (cot == "text")
 
 
 def test_half_a_character_is_no_reason_to_stop(tmp_path, toy_tokenizer):
     # JSON can say it, UTF-8 can't
     (tmp_path / "test.jsonl").write_text('{"question": "\\ud83d?", "answer": "<<1+1=2>> #### 2"}')
-    assert len(Problems(load(str(tmp_path), "test"), toy_tokenizer, 120)) == 1
-
-
-def test_files_that_are_not_there_or_not_text(tmp_path):
-    for name, data_dir in (("gsm8k-aug", tmp_path), (str(tmp_path), None)):
-        with pytest.raises(UserError, match="train.*no such file"):
-            load(name, "train", data_dir)
-    with pytest.raises(UserError, match="no such file or folder"):
-        load(str(tmp_path / "nothing"), "train")
-    (tmp_path / "test.txt").write_bytes(b"caf\xe9||#### 1")
-    with pytest.raises(UserError, match="not UTF-8"):
-        load("gsm8k-aug", "test", tmp_path)
-    (tmp_path / "test.txt").write_text("no bars #### 1")
-    with pytest.raises(UserError, match=r"test.txt, line 1: .*\|\|"):
-        load("gsm8k-aug", "test", tmp_path)
-    (tmp_path / "train.jsonl").write_text(GOOD)
-    with pytest.raises(UserError, match="checksum"):
-        load("gsm8k", "train", tmp_path)  # never taken for the published data
-    (tmp_path / "empty.jsonl").write_text("\n")
-    with pytest.raises(UserError, match="no problems"):
-        load(str(tmp_path / "empty.jsonl"), "train")
-    (tmp_path / "one.jsonl").write_text(GOOD)
-    with pytest.raises(UserError, match="no problem falls to the val split"):
-        load(str(tmp_path / "one.jsonl"), "val")
+    assert len(Problems(load_problems(str(tmp_path), "test"), toy_tokenizer, 120)) == 1
 
 
 def easy_problem(question="Ida has 14 pens and buys 3 boxes of 6. How many has she?",
@@ -322,29 +284,28 @@ def easy_problem(question="Ida has 14 pens and buys 3 boxes of 6. How many has s
     (False, easy_problem(chain="")),
 ])
 def test_what_is_easy(easy, problem):
-    assert data.is_easy(problem) == easy
+    assert is_easy(problem) == easy
 
 
 def test_easy_problems_alone_are_trained_on_and_none_that_is_held_out(tmp_path):
     name = easy_file(tmp_path)
-    whole = {split: load(name, split) for split in ("train", "val", "test")}
-    easy = {split: load(name, split, easy=9) for split in whole}
-    assert easy["train"] == [p for p in whole["train"] if data.is_easy(p)][:9]
-    assert easy["val"] == [p for p in whole["val"] if data.is_easy(p)] != whole["val"]
+    whole = {split: load_problems(name, split) for split in SPLITS}
+    easy = {split: load_problems(name, split, easy=9) for split in SPLITS}
+    assert easy["train"] == [p for p in whole["train"] if is_easy(p)][:9]
+    assert easy["val"] == [p for p in whole["val"] if is_easy(p)] != whole["val"]
     assert easy["test"] == whole["test"]
-    args = SimpleNamespace(data=name, data_dir=None, cot="steps", seed=0, as_told=0.8, easy=9,
-                           renumber=3)
-    trained = [p["question"] for p in data.load_split(args, "train")]
+    args = settings(name, easy=9, renumber=3)
+    trained = [p["question"] for p in load_split(args, "train")]
     assert len(trained) == 9 * 4 and {p["question"] for p in easy["train"]} < set(trained)
     held_out = {p["question"] for p in whole["val"] + whole["test"]}
     assert not held_out & set(trained)
-    with_new_numbers = [{p["question"] for p in data.load_split(args, split)}
+    with_new_numbers = [{p["question"] for p in load_split(args, split)}
                         for split in ("val", "renumbered")]
     assert all(with_new_numbers) and not with_new_numbers[0] & with_new_numbers[1]
     assert not set.union(*with_new_numbers) & {*trained}
-    assert data.load_split(args, "held-out") == easy["val"]
-    only = data.load_split(args, "easy")
-    assert only == [p for p in whole["test"] if data.is_easy(p)] and 0 < len(only) < len(held_out)
+    assert load_split(args, "held-out") == easy["val"]
+    only = load_split(args, "easy")
+    assert only == [p for p in whole["test"] if is_easy(p)] and 0 < len(only) < len(held_out)
 
 
 def test_nothing_that_gsm8k_holds_out_is_in_its_easy_part(gsm8k):
@@ -352,99 +313,11 @@ def test_nothing_that_gsm8k_holds_out_is_in_its_easy_part(gsm8k):
     def words(rows):
         return {re.sub(r"[\d,.]+", "#", p["question"]) for p in rows}
 
-    train = load("gsm8k", "train", gsm8k, easy=600)
-    held_out = load("gsm8k", "val", gsm8k) + load("gsm8k", "test", gsm8k)
+    train = load_problems("gsm8k", "train", gsm8k, easy=600)
+    held_out = load_problems("gsm8k", "val", gsm8k) + load_problems("gsm8k", "test", gsm8k)
     assert len(train) == 600 and not words(train) & words(held_out)
-    args = SimpleNamespace(data="gsm8k", data_dir=gsm8k, cot="steps", seed=0, as_told=0.8, easy=600,
-                           renumber=2)
-    trained = data.load_split(args, "train")
-    assert len(trained) == 600 + 2 * 597 and words(trained) == words(train)
-    new = {split: data.load_split(args, split) for split in ("val", "renumbered")}
-    questions = [{p["question"] for p in rows} for rows in (trained, *new.values())]
-    assert sum(map(len, questions)) == len(set.union(*questions))
-    assert all(len(rows) >= 400 and words(rows) <= words(train) for rows in new.values())
-
-
-# ------------------------------------------------------------------------------------------ scoring
-
-SCORES = {
-    "where": [
-        ("#### 10", "10"), ("<eot>#### 10", "10"), ("first 3, then 7", "7"),
-        ("#### 1 #### 2", "2"), ("7 and #### 8 of 9", "9"), ("12 apples and 3", "3"),
-        ("x = 5.", "5"), ("It is 5.", "5"), ("5, or so", "5"), ("**18**", "18"),
-        ("5^2 = 25", "25"), ("½ of 8 is 4", "4"), ("1, 2", "2"), ("x₁ = 5", "5"),
-        ("in 2½ days\n#### 3", "3"), ("1/0 and 5", "5"),
-    ],
-    "whole numbers": [
-        ("0", "0"), ("007", "7"), ("5.", "5"), ("10.0", "10"), ("1,000", "1000"),
-        ("#### 1,000", "1000"), ("1,000,000", "1000000"), ("#### 1,234,567.50", "1234567.5"),
-        ("1,234.", "1234"), ("٤٢", "42"), ("१२३", "123"), ("１２", "12"),
-    ],
-    "decimals": [
-        (".5", "0.5"), ("-.5", "-0.5"), ("00.50", "0.5"), ("3.14159", "3.14159"),
-    ],
-    "signs": [
-        ("-3", "-3"), ("−3", "-3"), ("+4", "4"), ("#### -1,234", "-1234"), ("x = -3", "-3"),
-        ("(-3)", "-3"), ("-0", "0"), ("3-2", "2"), ("5-3", "3"), ("5−3", "3"), ("(5)-3", "3"),
-    ],
-    "money and shares": [
-        ("$5.00", "5"), ("-$3", "-3"), ("$-3", "-3"), ("$1,234.50", "1234.5"), ("50%", "50"),
-        ("20%", "20"), ("20 %", "20"), ("$18.00 in all", "18"), ("€7", "7"),
-    ],
-    "fractions": [
-        ("1/2", "0.5"), ("3 / 4", "0.75"), ("1 / 2", "0.5"), ("-1/2", "-0.5"), ("1⁄2", "0.5"),
-        ("1,234/2", "617"), ("1/1,000", "0.001"), (".5/2", "0.25"), ("½", "0.5"), ("¾ cup", "0.75"),
-    ],
-    "mixed numbers": [
-        ("1 1/2", "1.5"), ("1 1 / 2", "1.5"), ("-1 1/2", "-1.5"), ("1½", "1.5"), ("1 ½", "1.5"),
-        ("-1½", "-1.5"), ("−1½", "-1.5"), ("10 3/4 cups", "10.75"), ("2 1⁄4", "2.25"),
-    ],
-    "exponents": [
-        ("1e6", "1000000"), ("1E+3", "1000"), ("2.0107e-06", "0.0000020107"), ("-1e-3", "-0.001"),
-        ("1e400", "1e400"), ("2.5 x 10^-6", "0.0000025"), ("2.5×10⁻⁶", "0.0000025"),
-        ("2.5 · 10^6", "2500000"), ("2 × 10³", "2000"), ("3x10^(-2)", "0.03"), ("2*10**3", "2000"),
-        ("-2 x 10^3.", "-2000"),
-    ],
-    "no number": [
-        ("", None), ("####", None), ("7 ####", None), ("no number", None), ("-", None),
-        ("...", None), ("#", None), ("$", None), ("①", None), ("Ⅳ", None),
-        ("e", None), ("/", None), ("^", None),
-    ],
-    "only like a number": [
-        ("1.2.3", None), ("1,2", None), ("1,00", None), ("1,0000", None), ("1,234,56", None),
-        ("1234,567", None), ("1.000,50", None), ("1.000.000", None), ("1..2", None), ("5.,6", None),
-        ("1/2/3", None), ("10/2/2024", None), ("3 1/2/4", None), ("1/0", None), ("0/0", None),
-        ("5 1/0", None), ("5 and 1/0", None), ("5^2", None), ("5²", None), ("10^3", None),
-        ("10³", None), ("1.5e6.5", None), ("1.5 x 10^6.5", None), ("2*10^2/4", None),
-        ("5¼/2", None), ("2½²", None), ("1e99999999999999999999", None),
-        ("1 x 10^99999999999999999999", None),
-    ],
-}
-
-
-@pytest.mark.parametrize("text, number", [
-    pytest.param(text, number, id=f"{kind}: {text}")
-    for kind, cases in SCORES.items() for text, number in cases])
-def test_answers_as_people_write_them(text, number):
-    assert to_number(text) == (None if number is None else Decimal(number))
-
-
-def test_all_numbers_of_a_text_in_order():
-    found = numbers("From 1,000 he gave 1/2 on 1.2.3, then -7 and $2½; 5/0 is none")
-    expected = ["1000", "0.5", None, "-7", "2.5", None]
-    assert found == [number and Decimal(number) for number in expected]
-
-
-@pytest.mark.parametrize("text", [
-    "1" * 50_000, "1 " * 25_000, "1,111" * 10_000, "1/" * 25_000, "9^" * 25_000, "." * 50_000,
-    "1" + " " * 50_000 + "/", ("1" + " " * 300) * 150, "1e" * 25_000, "10 x 10^" * 6_000,
-    "½" * 10_000, "²" * 50_000, "-" * 50_000, "1e" + "9" * 50_000, "1 x 10^" + "9" * 50_000,
-], ids=range(15))
-def test_no_text_takes_long_to_score(text):
-    """A model can write anything: a pattern that goes back over it again would take minutes."""
-    start = time.process_time()
-    to_number(text)
-    assert time.process_time() - start < 2
+    copies = new_numbers(train[:100], "train", settings("gsm8k", gsm8k, renumber=2))
+    assert len(copies) == 300 and words(copies) == words(train[:100])
 
 
 # ------------------------------------------------------------------------------------------ batches
@@ -458,15 +331,16 @@ def problems(toy_tokenizer, toy_problems):
 @pytest.mark.parametrize("size", [8, 40, 150])
 def test_every_problem_once_an_epoch(problems, size):
     """Of 101 problems a few come twice where the last batch is filled up, other ones each epoch."""
-    epochs, batches = [], -(-101 // size)
+    batches = -(-101 // size)
+    epochs, twice = [], []
     for epoch in range(2):
         steps = range(epoch * batches, (epoch + 1) * batches)
         rows = np.concatenate([problems.train_batch(step, size, seed=0).rows for step in steps])
-        count = np.bincount(rows, minlength=len(problems))
-        assert count.min() == 1 and count.sum() == batches * size
-        assert count.max() <= 2
-        epochs.append((rows.tolist(), np.flatnonzero(count == 2).tolist()))
-    assert epochs[0][0] != epochs[1][0] and epochs[0][1] != epochs[1][1]
+        count = np.bincount(rows, minlength=101)
+        assert count.min() == 1 and count.max() <= 2 and count.sum() == batches * size
+        epochs.append(rows.tolist())
+        twice.append(np.flatnonzero(count == 2).tolist())
+    assert epochs[0] != epochs[1] and twice[0] != twice[1]
 
 
 def test_no_length_is_drawn_more_often(problems):
@@ -475,63 +349,42 @@ def test_no_length_is_drawn_more_often(problems):
     count = np.bincount(np.concatenate(rows))  # of each problem: 100, and 3 in 101 for each epoch
     for bucket in range(problems.bucket.max() + 1):
         of_bucket = count[problems.bucket == bucket]
-        expected = 104 / 101 * 100
-        assert abs(of_bucket.mean() - expected) < 3 * (3 / len(of_bucket)) ** 0.5
+        assert abs(of_bucket.mean() - 100 * 104 / 101) < 3 * (3 / len(of_bucket)) ** 0.5
 
 
 def test_a_batch_is_a_function_of_seed_and_step(problems, toy_tokenizer):
+    """In any order, with or without a history, and whatever another loop made of the buckets."""
     fresh = Problems(problems.problems, toy_tokenizer, block_size=128)
-    # in any order, with or without a history
-    for seed, step in ((0, 40), (1, 3), (0, 3), (0, 40), (1, 40)):
-        a = problems.train_batch(step, 8, seed)
-        b = fresh.train_batch(step, 8, seed)
-        assert a.rows.tolist() == b.rows.tolist()
-        fresh.make_buckets(0)  # as another loop might do
-        assert fresh.train_batch(step, 8, seed).rows.tolist() != b.rows.tolist()
+    found = {}
+    for place in ((0, 40), (1, 3), (0, 3), (0, 40), (1, 40)):
+        a, b = (p.train_batch(place[1], 8, place[0]).rows.tolist() for p in (problems, fresh))
+        assert a == b == found.setdefault(place, a)
+        fresh.make_buckets(0)
+        assert fresh.train_batch(place[1], 8, place[0]).rows.tolist() != a
         fresh.make_buckets(1)
-    other_seed = problems.train_batch(3, 8, 1)
-    assert problems.train_batch(3, 8, 0).rows.tolist() != other_seed.rows.tolist()
+    assert len(set(map(tuple, found.values()))) == 4
 
 
-def test_ranks_share_one_global_batch(problems):
-    whole = problems.train_batch(5, 8, 0)
-    parts = [problems.train_batch(5, 8, 0, rank, 2) for rank in range(2)]
-    assert sorted(np.concatenate([p.rows for p in parts])) == sorted(whole.rows)
-    width = encoder_batch(whole, 2, 0).ids.shape[1]
-    assert all(encoder_batch(part, 2, 0).ids.shape[1] == width for part in parts)
-
-
-LOOPS = {  # the slots that a token of the chain takes at c = 2, and a loop's layouts of a batch
-    "warm-up": (1, lambda batch, n: [explicit_batch(batch)]),
-    "phase 1": (2, lambda batch, n: [
-        encoder_batch(batch, 2, 0),
-        llm_batch(batch, 2, draw_followed(batch, 2, 0, n, from_start=0.25))]),
-    "phase 3": (0.5, lambda batch, n: [latent_batch(batch, 2)]),
-}
-
-
-@pytest.fixture(scope="module")
-def uneven(toy_tokenizer):
-    """Lengths that are spread as GSM8K's are: many middling ones, and a few long."""
+def test_few_widths_and_little_padding(toy_tokenizer):
+    """In phase 1 at c = 2, with lengths as GSM8K's: many middling ones, and a few long."""
     rng = np.random.default_rng(0)
     x, s = np.exp(rng.normal([[3.9], [3.1]], [[0.4], [0.5]], (2, 400))).astype(int)
     rows = [dict(question="1 " * (i // 2), chain="1 " * (j // 2), answer="1") for i, j in zip(x, s)]
-    return Problems(rows, toy_tokenizer, block_size=512)
-
-
-@pytest.mark.parametrize("loop", LOOPS)
-def test_few_widths_and_little_padding(uneven, loop):
-    chain_slots, lay_out = LOOPS[loop]
-    uneven.make_buckets(chain_slots)
-    shapes, slots, real = set(), Counter(), Counter()
+    uneven = Problems(rows, toy_tokenizer, block_size=512)
+    uneven.make_buckets(chain_slots=2)
+    shapes, slots, real = {}, 0, 0
     for step in range(75):  # three epochs
-        layouts = lay_out(uneven.train_batch(step, 16, 0), step)
-        shapes.add(tuple(t.shape for layout in layouts for t in layout))
-        for i, layout in enumerate(layouts):
-            slots[i] += layout.pos.numel()
-            real[i] += len(layout.pos) + int((layout.pos > 0).sum())  # a row's first one is at 0
-    assert len(shapes) <= data.WIDTHS == 10
-    assert all(real[i] > 0.75 * slots[i] for i in slots)
+        batch = uneven.train_batch(step, 16, 0)
+        followed = draw_followed(batch, 2, 0, step, from_start=0.25)
+        layouts = encoder_batch(batch, 2, 0), llm_batch(batch, 2, followed)
+        assert layouts[0].n.tolist() == [-(-len(p.chain) // 2) for p in batch.problems]
+        shape = tuple(t.shape for layout in layouts for t in layout)
+        shapes.setdefault(uneven.bucket[batch.rows].max(), set()).add(shape)
+        slots += sum(layout.pos.numel() for layout in layouts)
+        real += sum(len(layout.pos) + int((layout.pos > 0).sum()) for layout in layouts)
+    # a batch that joins two buckets has room for both, and the shape of the longer one's
+    assert 1 < len(shapes) <= data.WIDTHS == 10 and {*map(len, shapes.values())} == {1}
+    assert real > 0.75 * slots
 
 
 def test_widths_are_chosen_where_they_save_most():
@@ -541,20 +394,6 @@ def test_widths_are_chosen_where_they_save_most():
     widths = data.choose_widths(length)
     assert len(widths) == 10 and widths[-1] == 208 and {8, 96} <= set(widths)
     assert 200 not in widths  # for one problem more or less it is not worth while
-
-
-def test_a_few_long_problems_are_padded_for_and_fit(toy_tokenizer):
-    """A batch that joins two buckets has room for both, and the shape of the longer one's."""
-    sizes = [(2, 30)] * 13 + [(60, 1)] * 5 + [(90, 2)]
-    rows = [dict(question="1 " * x, chain="1 " * s, answer="1") for x, s in sizes]
-    few = Problems(rows, toy_tokenizer, 512)
-    shapes = {}
-    for step in range(30):
-        batch = few.train_batch(step, 4, 0)
-        seq = encoder_batch(batch, 2, 0)
-        assert (seq.n.numpy() == [-(-len(p.chain) // 2) for p in batch.problems]).all()
-        shapes.setdefault(few.bucket[batch.rows].max(), set()).add((seq.ids.shape, seq[7].shape))
-    assert len(shapes) > 1 and all(len(found) == 1 for found in shapes.values())
 
 
 def test_a_batch_holds_the_problems_it_names(problems, toy_tokenizer):
@@ -590,36 +429,36 @@ def test_what_is_too_long_is_dropped_and_counted(problems, toy_tokenizer):
 
 # ---------------------------------------------------------------------------------------- downloads
 
-@pytest.mark.parametrize("arrives, says", [
-    (lambda: io.BytesIO(b"half of it"), "checksum"),
-    (lambda: Broken(OSError("connection reset")), "connection reset"),
-    (lambda: Broken(http.client.IncompleteRead(b"half")), "IncompleteRead"),
-])
-def test_a_download_that_is_not_whole_leaves_nothing(tmp_path, monkeypatch, arrives, says):
-    monkeypatch.setattr(data.urllib.request, "urlopen", lambda *_, **__: arrives())
-    with pytest.raises(UserError, match=says):
-        load("gsm8k", "train", tmp_path)
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_download_with_the_right_checksum_is_kept(tmp_path, monkeypatch):
-    content = f"{GOOD}\n".encode()
-    monkeypatch.setitem(data.GSM8K_SHA256, "train.jsonl", hashlib.sha256(content).hexdigest())
-    monkeypatch.setattr(data.urllib.request, "urlopen", lambda *_, **__: io.BytesIO(content))
-    assert load("gsm8k", "train", tmp_path) == load(str(tmp_path), "train")
-    assert [p.name for p in tmp_path.iterdir()] == ["train.jsonl"]
-
-
-def test_a_file_that_is_not_the_published_one_is_refused(tmp_path):
-    (tmp_path / "train.jsonl").write_text(GOOD)
-    with pytest.raises(UserError, match="not GSM8K as published"):
-        load("gsm8k", "train", tmp_path)
-
-
 class Broken(io.BytesIO):
+    """A connection that breaks off with this error."""
+
     def __init__(self, error):
         super().__init__()
         self.error = error
 
     def read(self, *_):
         raise self.error
+
+
+@pytest.mark.parametrize("arrives, says", [
+    (lambda: io.BytesIO(b"half of it"), "not GSM8K as published"),
+    (lambda: Broken(OSError("connection reset")), "its download failed .connection reset.; put"),
+    (lambda: Broken(http.client.IncompleteRead(b"half")), "its download failed .IncompleteRead"),
+])
+def test_a_download_that_is_not_whole_leaves_nothing(tmp_path, monkeypatch, arrives, says):
+    monkeypatch.setattr(data.urllib.request, "urlopen", lambda *_, **__: arrives())
+    with pytest.raises(UserError, match=says):
+        load_problems("gsm8k", "train", tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_only_what_has_the_right_checksum_is_taken_for_gsm8k(tmp_path, monkeypatch):
+    """A download is kept then; another file in its place is not read."""
+    content = f"{GOOD}\n".encode()
+    monkeypatch.setitem(data.GSM8K_SHA256, "train.jsonl", hashlib.sha256(content).hexdigest())
+    monkeypatch.setattr(data.urllib.request, "urlopen", lambda *_, **__: io.BytesIO(content))
+    assert load_problems("gsm8k", "train", tmp_path) == load_problems(str(tmp_path), "train")
+    assert [path.name for path in tmp_path.iterdir()] == ["train.jsonl"]
+    (tmp_path / "train.jsonl").write_bytes(content + b"\n")
+    with pytest.raises(UserError, match="train.jsonl: not GSM8K as published .*say --data"):
+        load_problems("gsm8k", "train", tmp_path)

@@ -3,7 +3,7 @@ from html.parser import HTMLParser
 
 import torch
 
-from report import chart, heaviest_tokens, picture, printable, strip, table, verdict
+from lab.report import chart, heaviest_tokens, picture, printable, strip, table, verdict
 
 
 class Page(HTMLParser):
@@ -37,7 +37,7 @@ def test_a_problem_full_of_markup_is_text(toy_tokenizer):
     ids = torch.tensor([toy_tokenizer.encode('<>"&\'')])  # (1, 5): a chain of one latent
     columns = strip(torch.full((1, 5), 0.2), ids, ids[:, :2], toy_tokenizer)
     problem = {"question": evil, "chain": evil, "answer": evil}
-    html = picture(problem, evil, False, {"encoder": columns, "latent": columns})
+    html = picture(problem, (evil, False, []), {"encoder": columns, "latent": columns})
     page = Page(html)
     assert "&lt;<small>20" in html and "&lt;&gt;<small>1<" in html
     assert "script" not in page.tags and page.tags.count("details") == 1 and not page.open
@@ -45,17 +45,15 @@ def test_a_problem_full_of_markup_is_text(toy_tokenizer):
     assert {name for name, _ in page.attributes} <= {"class", "style"}
 
 
-def test_a_latent_beyond_the_chunks_stands_for_none(toy_tokenizer):
-    ids = torch.tensor([[40, 41], [42, 43]])
-    html = strip(torch.full((2, 2), 0.5), ids, torch.tensor([[40, -1]]), toy_tokenizer)
-    assert "<b>(<small>1</small></b>" in html and "<b>–<small>2</small></b>" in html
-
-
-def test_what_cannot_be_printed_is_a_dot(toy_tokenizer):
+def test_the_columns_of_a_chain(toy_tokenizer):
+    """What cannot be printed is a dot; a latent beyond the chunks stands for none."""
     ids = toy_tokenizer.encode("a\x1b[2J b\n")
     assert printable(toy_tokenizer, ids) == "a·[2J·b·"
     columns = heaviest_tokens(torch.full((1, 3), 0.2), torch.tensor([ids[:3]]), toy_tokenizer)
     assert [text for text, _ in columns[0]] == ["a", "·", "["]
+    ids = torch.tensor([[40, 41], [42, 43]])
+    html = strip(torch.full((2, 2), 0.5), ids, torch.tensor([[40, -1]]), toy_tokenizer)
+    assert "<b>(<small>1</small></b>" in html and "<b>–<small>2</small></b>" in html
 
 
 def test_a_table_has_a_dash_for_nothing_and_text_for_markup():
@@ -67,8 +65,9 @@ def test_a_table_has_a_dash_for_nothing_and_text_for_markup():
 def test_chart_breaks_at_nothing():
     svg = chart({"a": [None, 0.5, 1.0], "b": [None] * 3}, [0, 1, 2])
     assert svg.count("<circle") == 2 and "nan" not in svg.lower()
-    assert Page(chart({"a": [-0.5]}, [1])).open == []
     assert Page(chart({"a": []})).open == []
+    svg = chart({"a": [-0.5, 0.5]}, [1, 2])  # the axis goes from -0.8 to 0.8
+    assert ">-0.8<" in svg and 'points="36.0,142.0 352.0,42.0"' in svg
 
 
 def test_latents_do_the_work_only_where_the_intervals_are_apart():

@@ -1,323 +1,184 @@
 """A run that was killed and goes on ends bit for bit as one that never was."""
-import json
-import signal
-
+import numpy as np
 import pytest
 import torch
 
-import common
 import compress
-import data
-import train_latent
-import train_sup
+import lab.sources
+from conftest import FEW, TINY, pipeline, run_script
+from gate import difference
+from kill import contents
+from lab.files import StoreWriter, UserError, load
+from lab.run import Run
+from lab.setup import start
 
-TINY = ["--n-layer", "1", "--n-embd", "16", "--n-head", "1", "--batch-size", "8",
-        "--sft-steps", "4", "--steps", "4", "--bag-steps", "1", "--eval-every", "2"]
-LATENT = ["--batch-size", "8", "--steps", "4", "--eval-every", "2"]
-LOOPS = ("sft", "sup", "latent")
-ARRAYS = ("values.npy", "ids.npy", "offsets.npy")
+pytestmark = pytest.mark.usefixtures("few")
 
 
 class Killed(BaseException):
     """As sudden as a signal: nothing in the project catches it."""
 
 
-@pytest.fixture(autouse=True)
-def few(monkeypatch):
-    monkeypatch.setattr(data, "TOY_SIZE", {"train": 64, "val": 8, "test": 8})
+def dies_after(patch, owner, method, when):
+    """From now on `method` ends the program where `when(self)`: once at each step of each loop."""
+    original, died = getattr(owner, method), set()
+
+    def dying(self, *args, **kwargs):
+        original(self, *args, **kwargs)
+        place = getattr(self, "name", "store"), getattr(self, "step", 0)
+        if when(self) and place not in died:
+            died.add(place)
+            raise Killed
+
+    patch.setattr(owner, method, dying)
+    return died
 
 
-def pipeline(out, *flags):
-    train_sup.main([*TINY, "--out", str(out), *flags])
-    compress.main(["--batch-size", "8", "--out", str(out), *flags])
-    train_latent.main([*LATENT, "--out", str(out), *flags])
+def until_it_ends(command):
+    for _ in range(99):
+        try:
+            return command()
+        except Killed:
+            pass
+    raise AssertionError("it never ends")
 
 
-def test_figures_are_read_one_update_late_but_all_before_an_evaluation(tmp_path, monkeypatch):
-    original, rows = common.Run.log, []
+def require_same(whole, cut):
+    """All files, but for the seconds in them."""
+    whole, cut = contents(whole), contents(cut)
+    assert not [name for name in {**whole, **cut} if difference(whole.get(name), cut.get(name))]
+
+
+def made_up_scores(patch):
+    """Tiny models answer nothing: say that those of sft are alike, of sup fall, of latent rise."""
+    original, slope = Run.save, {"sft": 0, "sup": -0.1, "latent": 0.1}
+    patch.setattr(Run, "save", lambda run, score, **figures: original(
+        run, 0.5 + slope[run.name] * run.step, **figures))
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The folder of a run that nothing disturbed."""
+    out = tmp_path_factory.mktemp("whole")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lab.sources, "TOY_SIZE", FEW)
+        made_up_scores(patch)
+        pipeline(out)
+    return out
+
+
+MOMENTS = {  # where it dies: a class, its method and when; and how often in three loops and a store
+    "before the first save, and between two": (
+        [(Run, "log", lambda run: run.step in (1, 3))], 6),
+    "after the first state, the model, half of the store": (
+        [(Run, "save_state", lambda run: run.step == 0), (Run, "save_models", lambda run: True),
+         (StoreWriter, "__init__", lambda store: True)], 3 + 5 + 1),
+    "after the row of an evaluation, all of the store": (
+        [(Run, "record", lambda run: run.step % 2 == 0),
+         (StoreWriter, "finish", lambda store: True)], 6 + 1),
+}
+
+
+@pytest.mark.parametrize("moments, times", MOMENTS.values(), ids=MOMENTS)
+def test_a_killed_run_ends_as_one_that_never_was(whole, tmp_path, monkeypatch, moments, times):
+    """With what it must remember: how good the best model was, and how long the log."""
+    made_up_scores(monkeypatch)
+    died = [dies_after(monkeypatch, *moment) for moment in moments]
+    until_it_ends(lambda: pipeline(tmp_path, "--resume"))
+    assert sum(map(len, died)) == times
+    require_same(whole, tmp_path)
+    best = [load(tmp_path / f"{name}.pt")["step"] for name in ("sft", "sup", "latent")]
+    assert best == [4, 2, 4]  # of equally good ones the last
+
+
+def test_ctrl_c_says_how_to_go_on(whole, tmp_path, monkeypatch):
+    made_up_scores(monkeypatch)
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as stop:
+        original = Run.log
+
+        def pressed(run, **figures):
+            original(run, **figures)
+            if (run.name, run.step) == ("sup", 3):
+                raise KeyboardInterrupt
+
+        patch.setattr(Run, "log", pressed)
+        start(lambda: run_script("train_sup", *TINY, "--out", tmp_path))
+    assert "--resume" in stop.value.code and "\n" not in stop.value.code
+    pipeline(tmp_path, "--resume")
+    require_same(whole, tmp_path)
+
+
+def test_a_finished_run_stays_as_it_is(copy):
+    """Also with a log that is shorter than it was: what is gone is not made up for."""
+    (copy / "sft.jsonl").write_bytes(b"")
+    before = {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()}
+    pipeline(copy, "--resume")
+    run_script("train_sup", *TINY, "--baselines", "--baseline-steps", 6, "--out", copy, "--resume")
+    assert before == {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("method", ["save_state", "save_models"])
+def test_a_warm_up_without_updates_is_gone_on_with(tmp_path, monkeypatch, method):
+    """Wherever it is killed; and phase 1, which follows from it, does not start over each time."""
+    moments = (method, lambda run: run.name == "sft"), ("log", lambda run: run.step == 3)
+    for method, when in moments:
+        with monkeypatch.context() as patch, pytest.raises(Killed):
+            dies_after(patch, Run, method, when)
+            run_script("train_sup", *TINY, "--sft-steps", 0, "--out", tmp_path, "--resume")
+    steps = []
+    dies_after(monkeypatch, Run, "log", lambda run: steps.append(run.step))
+    run_script("train_sup", *TINY, "--sft-steps", 0, "--out", tmp_path, "--resume")
+    assert steps == [3, 4]  # the third update once more, as the state is that of the second
+
+
+def test_figures_are_read_one_update_late_but_all_before_an_evaluation(
+        tmp_path, monkeypatch):
+    original, rows = Run.log, []
 
     def log(run, **figures):
         original(run, **figures)
         rows.append(len((tmp_path / "sft.jsonl").read_text("utf-8").splitlines()))
 
-    monkeypatch.setattr(common.Run, "log", log)
-    train_sup.main([*TINY, "--sft-steps", "5", "--steps", "0", "--eval-every", "3",
-                    "--out", str(tmp_path)])
+    monkeypatch.setattr(Run, "log", log)
+    run_script("train_sup", *TINY, "--sft-steps", 5, "--steps", 0, "--eval-every", 3,
+               "--out", tmp_path)
     assert rows == [0, 1, 3, 1 + 3, 1 + 5]  # an evaluation has a row, too
 
 
-def dies_after(patch, method, when):
-    """From now on `method` of a Run ends the program where `when(run)`, once a loop and step."""
-    original, died = getattr(common.Run, method), []
+# --------------------------------------------------------------------------- what takes whose place
 
-    def dying(run, *args, **kwargs):
-        result = original(run, *args, **kwargs)
-        if (run.name, run.step) not in died and when(run):
-            died.append((run.name, run.step))
-            raise Killed
-        return result
-
-    patch.setattr(common.Run, method, dying)
-    return died
+MADE = ("sft", "sup", "explicit", "no_cot", "latents", "latent")
+ANEW = {  # how it is made anew, when it is in its place, and what stays then
+    "sft": (["train_sup", *TINY, "--seed", 1, "--overwrite"], (Run, "save_models"), ["sft"]),
+    "sup": (["train_sup", *TINY, "--resume"], (Run, "save_models"), MADE[:4]),
+    "latents": (["compress", "--overwrite"], (StoreWriter, "finish"), MADE[:5]),
+}
 
 
-def until_it_ends(out, monkeypatch, method, when):
-    """Run the pipeline, dying as above, until it gets through; how often it died."""
-    with monkeypatch.context() as patch:
-        died = dies_after(patch, method, when)
-        for _ in range(99):
-            try:
-                pipeline(out, "--resume")
-                break
-            except Killed:
-                pass
-    return len(died)
+@pytest.mark.parametrize("name", ANEW)
+def test_what_was_made_of_the_old_one_goes_when_a_new_one_is_there(copy, monkeypatch, name):
+    command, moment, stays = ANEW[name]
+    if name == "sup":  # without it a run goes on after the warm-up
+        for path in copy.glob("sup*"):
+            path.unlink()
+
+    def left():
+        return {path.name.split(".")[0] for path in copy.iterdir() if path.name != "lock"}
+
+    begun = (StoreWriter, "__init__") if name == "latents" else (Run, "log")
+    for moment, expected in (begun, MADE), (moment, stays):
+        with monkeypatch.context() as patch, pytest.raises(Killed):
+            dies_after(patch, *moment, lambda one: getattr(one, "name", name) == name)
+            run_script(*command, "--out", copy)
+        assert left() == set(expected)
 
 
-def load(path):
-    return torch.load(path, weights_only=True)
-
-
-def same(a, b):
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(
-            same(a[k], b[k]) for k in a if k not in ("out", "resume"))
-    if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(map(same, a, b))
-    return torch.equal(a, b) if torch.is_tensor(a) else a == b
-
-
-def log(path):
-    """The rows of a log, without the time they took."""
-    rows = [json.loads(row) for row in path.read_text("utf-8").splitlines()]
-    return [{k: v for k, v in row.items() if k != "seconds"} for row in rows]
-
-
-def right_after_a_save(run):
-    return run.step == 2
-
-
-def between_two_saves(run):
-    return run.step in (1, 3)  # what was not saved happens again
-
-
-@pytest.mark.parametrize("method, when, times", [
-    ("save", right_after_a_save, 3),
-    ("log", between_two_saves, 6),
-])
-def test_a_killed_run_ends_as_one_that_never_was(tmp_path, monkeypatch, method, when, times):
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    pipeline(whole)
-    assert until_it_ends(killed, monkeypatch, method, when) == times
-    for name in LOOPS:
-        for file in (f"{name}.pt", f"{name}.state.pt"):
-            assert same(load(whole / file), load(killed / file)), file
-        assert log(whole / f"{name}.jsonl") == log(killed / f"{name}.jsonl")
-    for file in ARRAYS:
-        assert (whole / "latents" / file).read_bytes() == (killed / "latents" / file).read_bytes()
-
-
-def press_once(monkeypatch, pressed):
-    """Ctrl-C, the signal itself, after each loop's first update and in compress's first batch."""
-    original_log, original_states = common.Run.log, compress.summary_states
-
-    def press(name):
-        if name not in pressed:
-            pressed.append(name)
-            signal.raise_signal(signal.SIGINT)
-
-    def pressed_log(run, **figures):
-        original_log(run, **figures)
-        if run.step == 1:
-            press(run.name)
-
-    def pressed_states(*args):
-        press("compress")
-        return original_states(*args)
-
-    monkeypatch.setattr(common.Run, "log", pressed_log)
-    monkeypatch.setattr(compress, "summary_states", pressed_states)
-
-
-def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path, monkeypatch):
-    """Interrupted once in every loop, between two saves, and gone on with: nothing is lost."""
-    whole, stopped, said = tmp_path / "whole", tmp_path / "stopped", []
-    before = signal.getsignal(signal.SIGINT)  # of tests in the background it is ignored
-    pipeline(whole)
-    press_once(monkeypatch, [])
-    for _ in range(9):
-        try:
-            pipeline(stopped, "--resume")
-            break
-        except data.UserError as error:
-            said.append(str(error))
-    assert [text.split(" and saved")[0] for text in said] == [
-        "stopped after 1 of 4 updates of sft", "stopped after 1 of 4 updates of sup",
-        "stopped after 1 of 8 batches", "stopped after 1 of 4 updates of latent"]
-    assert all("--resume" in text for text in said)
-    for name in LOOPS:
-        assert same(load(whole / f"{name}.pt"), load(stopped / f"{name}.pt")), name
-    values = [out / "latents" / "values.npy" for out in (whole, stopped)]
-    assert values[0].read_bytes() == values[1].read_bytes()
-    assert signal.getsignal(signal.SIGINT) is before
-
-
-# ------------------------------------------------------------------------- what a run must remember
-
-def scores_fall(monkeypatch):
-    """Every evaluation is worse than the one before: 0.8 after two updates, 0.6 after four."""
-    original = common.Run.save
-
-    def save(run, score, **figures):
-        original(run, 1 - run.step / 10, **figures)
-
-    monkeypatch.setattr(common.Run, "save", save)
-
-
-def only_the_first_was_kept(whole, out):
-    for name in LOOPS:
-        best, state = load(out / f"{name}.pt"), load(out / f"{name}.state.pt")
-        assert (best["step"], best["score"], state["step"], state["best"]) == (2, 0.8, 4, 0.8), name
-        assert same(best["models"], load(whole / f"{name}.pt")["models"]), name
-        assert not same(best["models"], state["models"]), name
-
-
-@pytest.mark.parametrize("method, when, times", [
-    ("save", right_after_a_save, 3),
-    ("log", between_two_saves, 6),
-])
-def test_a_resumed_run_remembers_its_best_score(tmp_path, monkeypatch, method, when, times):
-    """Where the score falls after the kill, the earlier and better model stays."""
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    scores_fall(monkeypatch)
-    pipeline(whole)
-    assert until_it_ends(killed, monkeypatch, method, when) == times
-    only_the_first_was_kept(whole, whole)
-    only_the_first_was_kept(whole, killed)
-
-
-def test_a_stopped_run_remembers_its_best_score(tmp_path, monkeypatch):
-    """The same after Ctrl-C, which saves the state between two evaluations."""
-    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
-    scores_fall(monkeypatch)
-    pipeline(whole)
-    original = common.Run.log
-
-    def pressed_log(run, **figures):
-        original(run, **figures)
-        if run.step == 3:
-            signal.raise_signal(signal.SIGINT)
-
-    monkeypatch.setattr(common.Run, "log", pressed_log)
-    stops = 0
-    for _ in range(9):
-        try:
-            pipeline(stopped, "--resume")
-            break
-        except data.UserError:
-            stops += 1
-    assert stops == 3
-    only_the_first_was_kept(whole, stopped)
-
-
-def test_a_new_warm_up_leaves_no_old_phase_1(tmp_path, monkeypatch):
-    """Interrupted in the warm-up, a run that starts over does not go on with what was before."""
-    longer = [*TINY, "--sft-steps", "6", "--out", str(tmp_path)]
-    train_sup.main([*TINY, "--out", str(tmp_path)])
-    with monkeypatch.context() as patch:
-        press_once(patch, [])
-        with pytest.raises(data.UserError, match="--resume in place of --overwrite"):
-            train_sup.main([*longer, "--overwrite"])
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        dies_after(patch, "save", lambda run: run.name == "sft")
-        train_sup.main([*longer, "--resume"])
-    assert not list(tmp_path.glob("sup*.pt"))
-    train_sup.main([*longer, "--resume"])
-    warm_up = common.identity(load(tmp_path / "sft.pt")["models"]["llm"])
-    assert load(tmp_path / "sup.pt")["config"]["initial_weights"] == warm_up
-    another = load(tmp_path / "sft.pt")
-    another["models"]["llm"]["wte.weight"] += 1
-    torch.save(another, tmp_path / "sft.pt")
-    with pytest.raises(data.UserError, match="sup.state.pt was made with initial_weights"):
-        train_sup.main([*longer, "--resume"])
-
-
-def test_phase_1_goes_on_behind_a_warm_up_without_updates(tmp_path, monkeypatch):
-    command = [*TINY, "--sft-steps", "0", "--out", str(tmp_path), "--resume"]
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        dies_after(patch, "log", lambda run: run.name == "sup" and run.step == 3)
-        train_sup.main(command)
-    steps = []
-    dies_after(monkeypatch, "log", lambda run: steps.append(run.step) or True)
-    with pytest.raises(Killed):
-        train_sup.main(command)
-    assert steps == [3]  # the third update once more, as the state is that of the second
-
-
-@pytest.mark.parametrize("flags, says", [
-    (["--bag", "0.5"], "bag = 0.5, here it is 1.0"),
-    (["--bag-steps", "2"], "bag_steps = 2, here it is 1"),
-    (["--follow", "0"], "follow = 0.0, here it is 1.0"),
-    (["--encoder-first", "1"], "encoder_first = 1, here it is 0"),
-    (["--ltsum", "off"], "ltsum = off, here it is on"),
-    (["--top-k", "5"], "top_k = 5, here it is 0"),
-], ids=["bag", "bag-steps", "follow", "encoder-first", "ltsum", "top-k"])
-def test_a_loop_checks_only_what_made_it(tmp_path, monkeypatch, flags, says):
-    """Flags of ℓ_sup may change while only SFT is done, and not once ℓ_sup has begun."""
-    command = [*TINY, "--out", str(tmp_path), "--resume"]
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        dies_after(patch, "save", lambda run: run.name == "sft" and run.step == 4)
-        train_sup.main(command)
-    explicit = (tmp_path / "sft.pt").read_bytes()
-    assert not (tmp_path / "sup.state.pt").exists()
-
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        dies_after(patch, "log", lambda run: run.name == "sup" and run.step == 3)
-        train_sup.main([*command, *flags])
-    begun = (tmp_path / "sup.state.pt").read_bytes()
-    assert load(tmp_path / "sup.state.pt")["step"] == 2
-
-    with pytest.raises(data.UserError, match=says):
-        train_sup.main(command)
-    assert (tmp_path / "sup.state.pt").read_bytes() == begun
-    train_sup.main([*command, *flags])
-    assert load(tmp_path / "sup.state.pt")["step"] == 4
-    assert (tmp_path / "sft.pt").read_bytes() == explicit
-
-
-@pytest.mark.parametrize("flags, says", [
-    (["--as-told", "0.5"], "as_told = 0.9, here it is 0.5"),
-    (["--lr", "0.1"], "lr = .*, here it is 0.1"),
-], ids=["as-told", "lr"])
-def test_a_loop_checks_all_that_made_it(tmp_path, monkeypatch, flags, says):
-    """Flags of the warm-up may not change once it has begun."""
-    command = [*TINY, "--out", str(tmp_path), "--resume"]
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        dies_after(patch, "save", right_after_a_save)
-        train_sup.main(command)
-    with pytest.raises(data.UserError, match=says):
-        train_sup.main([*command, *flags])
-    train_sup.main(command)
-
-
-def test_an_interrupted_store_is_finished_byte_for_byte(tmp_path, monkeypatch):
-    pipeline(tmp_path)
-    files = [tmp_path / "latents" / file for file in (*ARRAYS, "meta.json")]
-    before = [file.read_bytes() for file in files]
-    monkeypatch.setattr(compress, "SAVE_EVERY", 2)
-    original, written = common.write, []
-
-    def write(path, content):
-        original(path, content)
-        written.append(path)
-        if path.name == "meta.json" and len(written) == 3:
-            raise Killed
-
-    monkeypatch.setattr(common, "write", write)
-    with pytest.raises(Killed):
-        compress.main(["--out", str(tmp_path), "--batch-size", "8", "--overwrite"])
-    monkeypatch.setattr(common, "write", original)
-    with pytest.raises(data.UserError, match="unfinished"):
-        train_latent.main(["--out", str(tmp_path), "--steps", "1", "--overwrite"])
-    compress.main(["--out", str(tmp_path), "--batch-size", "8", "--resume"])
-    assert before == [file.read_bytes() for file in files]
+def test_a_finished_store_is_kept_and_another_is_not_gone_on_with(copy):
+    place = (copy / "latents").stat().st_ino
+    run_script("compress", "--out", copy, "--resume")
+    assert (copy / "latents").stat().st_ino == place
+    with pytest.raises(UserError, match="latents was made with top_k = 50, here it is 7"):
+        run_script("compress", "--out", copy, "--resume", "--top-k", 7)
+    run_script("compress", "--out", copy, "--overwrite", "--top-k", 7)
+    assert np.load(copy / "latents" / "values.npy").shape[1] == 7
+    run_script("compress", "--out", copy, "--resume", "--top-k", 7)

@@ -3,16 +3,13 @@ import random
 
 import tiktoken
 
-import data
-from data import Tokenizer, load, prune_ranks, unions, vocabulary_texts
+from data import Tokenizer
+from lab.sources import load_problems
+from lab.vocabulary import gpt2_vocabulary, prune_ranks, unions, vocabulary_texts
 
 TEXTS = ["Ida has 14 pens, and Bo's aunt buys 3 boxes of 6.", "<<3*6=18>> <<14+18=32>>", "#### 32"]
 OTHERS = ["", " ", "naïve café: 12½ €, 汉字 🙂", "zebras  &\n\tquaggas", "e\u0301\u200b\x00",
           "<|endoftext|>", "".join(map(chr, range(32, 400))), "0123456789" * 9]
-
-
-def pieces(encoding, text):
-    return [encoding.decode_single_token_bytes(i) for i in encoding.encode_ordinary(text)]
 
 
 def encoding_of(ranks, pattern):
@@ -23,16 +20,18 @@ def check(ranks, pattern, texts, others):
     """Prune, and compare with the whole vocabulary; the pruned ranks."""
     kept = prune_ranks(ranks, pattern, texts)
     whole, pruned = encoding_of(ranks, pattern), encoding_of(kept, pattern)
-    assert sorted(kept.values()) == list(range(len(kept)))
-    assert sorted(kept, key=kept.get) == sorted(kept, key=ranks.get)  # the order of rank stays
+    assert list(kept.values()) == list(range(len(kept)))
     assert {bytes([b]) for b in range(256)} <= kept.keys() <= ranks.keys()
-    assert all(pieces(whole, text) == pieces(pruned, text) for text in texts)
+    ids = [ranks[token] for token in kept]
+    assert ids == sorted(ids)  # the order of rank stays
+    for text in texts:
+        assert [ids[i] for i in pruned.encode_ordinary(text)] == whole.encode_ordinary(text)
     assert all(pruned.decode(pruned.encode_ordinary(text)) == text for text in others)
     return kept
 
 
 def test_pruned_gpt2(gpt2_tokenizer):
-    pattern, ranks = data.gpt2_vocabulary()
+    pattern, ranks = gpt2_vocabulary()
     kept = check(ranks, pattern, TEXTS, OTHERS)
     assert 256 < len(kept) < 400 and b" boxes" in kept and b" quagga" not in kept
     assert prune_ranks(kept, pattern, TEXTS) == kept
@@ -73,9 +72,9 @@ def test_a_pruned_tokenizer_is_named_after_what_it_kept(gpt2_tokenizer):
 
 
 def test_pruned_to_gsm8k(gsm8k, gpt2_tokenizer):
-    pattern, ranks = data.gpt2_vocabulary()
-    texts = vocabulary_texts(load("gsm8k", "train", gsm8k, "text"))
-    test = vocabulary_texts(load("gsm8k", "test", gsm8k, "text"))
+    pattern, ranks = gpt2_vocabulary()
+    texts = vocabulary_texts(load_problems("gsm8k", "train", gsm8k, "text"))
+    test = vocabulary_texts(load_problems("gsm8k", "test", gsm8k, "text"))
     kept = check(ranks, pattern, texts, test)
     assert 17000 < len(kept) < 18000
     whole, pruned = encoding_of(ranks, pattern), encoding_of(kept, pattern)

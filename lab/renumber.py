@@ -18,8 +18,8 @@ a step is one of these:
 import random
 import re
 from collections import Counter
+from decimal import Decimal
 from fractions import Fraction
-from itertools import islice
 from typing import NamedTuple
 
 TRIES = 500  # draws after which a problem keeps its own numbers
@@ -61,10 +61,6 @@ WORDS = {  # words for numbers, units, and what comes in fixed numbers: the cons
     "year yearly annual annually": "52 365", "hundred century % percent cent": "100",
     "thousand kilometer kilogram kg km liter": "1000",
 }
-BRINGS = {}  # the same by word
-for words, constants in WORDS.items():
-    for word in words.split():
-        BRINGS.setdefault(word, set()).update(Fraction(c) for c in constants.split())
 
 
 class Slot(NamedTuple):
@@ -81,7 +77,7 @@ class Template(NamedTuple):
     values: list    # the original values: numbers of the question, constants and results
     steps: list     # (index of the result, code that computes it), in the order of the chain
     choices: dict   # index of a number that is drawn: the values it may take
-    compares: bool  # whether the values must keep their order of size
+    order: list     # indices in order of size, where the question compares; else []
 
 
 # ---------------------------------------------------------------------------------- one number
@@ -98,29 +94,23 @@ def is_arithmetic(text):
 
 def constants_of(question):
     """The constants that its words bring in: the 7 of a week, the 12 of a dozen."""
-    words = re.findall("[a-z]+|%", question.lower())
-    return set().union(*(BRINGS.get(word) or BRINGS.get(word.removesuffix("s"), set())
-                         for word in words))
+    words = set(re.findall("[a-z]+|%", question.lower()))
+    words |= {word.removesuffix("s") for word in words}
+    return {Fraction(constant) for group, constants in WORDS.items()
+            if not words.isdisjoint(group.split()) for constant in constants.split()}
 
 
 def places(value):
-    """How many digits after the point write a value exactly. Raises ValueError for 1/3 and such."""
-    for n in range(7):
-        if 10 ** n % value.denominator == 0:
-            return n
-    raise ValueError("a result that is no short decimal")
+    """How many digits after the point a value needs, at most 28."""
+    return next((n for n in range(28) if 10 ** n % value.denominator == 0), 28)
 
 
 def write(value, like):
     """A value in the form of the text `like`: its commas, at least its decimals, .5 or 0.5."""
     n = max(places(value), len(like.partition(".")[2]))
-    digits = str(value.numerator * 10 ** n // value.denominator).zfill(n + 1)
-    whole, decimals = digits[:len(digits) - n], digits[len(digits) - n:]
-    if "," in like:
-        whole = f"{int(whole):,}"
-    if like.startswith(".") and whole == "0":
-        whole = ""
-    return f"{whole}.{decimals}" if n else whole
+    comma = "," if "," in like else ""
+    text = f"{Decimal(value.numerator) / value.denominator:{comma}.{n}f}"
+    return text.removeprefix("0") if like.startswith(".") else text
 
 
 def similar(new, old):
@@ -134,7 +124,7 @@ def similar(new, old):
 def choices(text, after):
     """The values that a number of the question may take: from half to twice it, as round as it is.
 
-    text: the number as written; after: the text behind it, which says what it counts.
+    text: the number as written; after: the text after it, which says what it counts.
     """
     one, percent = 10 ** len(text.partition(".")[2]), PERCENT.match(after)
     size = int(value_of(text) * one)  # 350 for 3.50, where `one` is 100
@@ -157,9 +147,8 @@ class Parser:
         self.brought = constants_of(question)
         self.values = []
         self.sources = []    # for each value the indices that it is made of, its own included
-        self.known = {}      # value: the numbers of the question and the results that have it
-        self.constants = {}  # value: index
-        self.counts = {}     # index of a number of the question: (as written, the text behind it)
+        self.constants = {}  # value: its index
+        self.choices = {}    # index of a number of the question: the values it may take
         self.percents = []   # indices of the question's percentages
         self.steps = {}      # code: (index of its result, the code compiled)
         self.used = set()    # operands of the steps
@@ -179,31 +168,31 @@ class Parser:
                 value = eval(compiled, {"v": self.values})
             except (SyntaxError, TypeError, ZeroDivisionError):
                 raise ValueError("a step that is no plain arithmetic")
-            index = self.add(value, operands)
-            self.known.setdefault(value, []).append(index)
-            self.steps[code] = (index, compiled)
+            self.steps[code] = (self.add(value, operands), compiled)
         return self.steps[code][0]
 
     def question_number(self, match):
         """The Slot of a number of the question; what it may become is noted."""
-        before = match.string[max(0, match.start() - 10):match.start()]
-        after = match.string[match.end():]
-        value = value_of(match[0])
-        index = self.add(value)
-        self.known.setdefault(value, []).append(index)
+        before, after = match.string[:match.start()][-10:], match.string[match.end():]
         kept = KEPT_BEFORE.search(before) or KEPT_AFTER.match(after) or KEPT.fullmatch(match[0])
+        index = self.add(value_of(match[0]))
         if PERCENT.match(after):
             self.percents.append(index)
             self.compute(f"v[{index}]/100", [index])  # 20 % may be written 0.2 in a step
-            kept = kept or value == 100
+            kept = kept or self.values[index] == 100
         if not kept:
-            self.counts[index] = (match[0], after)
+            self.choices[index] = choices(match[0], after)
         return Slot(index, match[0])
 
     def chain_number(self, match):
-        """The Slot of a number in the chain. Raises ValueError where it comes from nowhere."""
+        """The Slot of a number in the chain, or None for 2nd or 8:30, which stay text.
+
+        Raises ValueError where the number comes from nowhere.
+        """
+        if NO_QUANTITY.match(match.string, match.end()):
+            return None
         value = value_of(match[0])
-        found = self.known.get(value, [])
+        found = [index for index, known in enumerate(self.values) if known == value]
         if len(found) == 1 and value not in self.brought:
             return Slot(found[0], match[0])
         if not found and value not in self.brought | ALWAYS:
@@ -214,18 +203,11 @@ class Parser:
             self.constants[value] = self.add(value)
         return Slot(self.constants[value], match[0])
 
-    def prose_number(self, match):
-        """The same for a number between the steps; None for 2nd or 8:30, which stay text."""
-        after = match.string[match.end():]
-        return None if NO_QUANTITY.match(after) else self.chain_number(match)
-
     def step(self, text):
         """The parts of a step '48/2=24'; the last is the Slot of its result, known from here on."""
         left, _, right = text.rpartition("=")
-        if not is_arithmetic(left):
+        if not (is_arithmetic(left) and NUMBER.fullmatch(right)):
             raise ValueError("a step that is no plain arithmetic")
-        if not NUMBER.fullmatch(right):
-            raise ValueError("a result that is no plain number")
         parts = cut(left, self.chain_number)
         operands = [part.index for part in parts if isinstance(part, Slot)]
         for index in operands:  # 4 dogs have 4*4 legs, and the 2 of a sum of two may be any 2
@@ -245,14 +227,14 @@ class Parser:
         steps = [self.step(piece) for piece in pieces[1::2]]  # first: prose may run ahead of them
         if not steps:
             raise ValueError("no steps")
-        parts = cut(pieces[0], self.prose_number)
+        parts = cut(pieces[0], self.chain_number)
         for step, prose in zip(steps, pieces[2::2]):
             result, again = step[-1].index, NUMBER.match(prose)
             parts += ["<<", *step, ">>"]
             if again and value_of(again[0]) == self.values[result]:  # the last 24 of <<48/2=24>>24
                 parts.append(Slot(result, again[0]))
                 prose = prose[again.end():]
-            parts += cut(prose, self.prose_number)
+            parts += cut(prose, self.chain_number)
         return parts, result
 
 
@@ -278,14 +260,15 @@ def parse(problem):
         raise ValueError("an answer that is not the last result")
     if sum(p.values[index] for index in p.percents) == 100:  # the parts of a whole
         p.pinned.update(p.percents)
-    drawn = {i: choices(*text) for i, text in p.counts.items() if i not in p.pinned}
-    drawn = {i: possible for i, possible in drawn.items() if len(possible) > 1}
+    drawn = {index: possible for index, possible in p.choices.items()
+             if index not in p.pinned and len(possible) > 1}
     if not drawn:
         raise ValueError("no number that is certain")
     if not drawn.keys() <= p.sources[last]:
         raise ValueError("a number that the answer does not need")
-    steps, compares = list(p.steps.values()), bool(COMPARES.search(question))
-    template = Template(texts, p.values, steps, drawn, compares)
+    by_size = sorted(range(len(p.values)), key=p.values.__getitem__)
+    order = by_size if COMPARES.search(question) else []
+    template = Template(texts, p.values, list(p.steps.values()), drawn, order)
     if fill(template, p.values) != {name: problem[name] for name in texts}:
         raise ValueError("a number in an unusual form")
     if draw(template, random.Random(0)) is None:
@@ -319,18 +302,15 @@ def draw(template, rng):
 
 def work(template, values):
     """Work the steps, in place; False as soon as a result is unlike the original one."""
-    old = template.values
     for index, code in template.steps:
         try:
             values[index] = eval(code, {"v": values})
         except ZeroDivisionError:
             return False
-        if not similar(values[index], old[index]):
+        if not similar(values[index], template.values[index]):
             return False
-    if not template.compares:
-        return True
-    by_size = [values[index] for index in sorted(range(len(old)), key=old.__getitem__)]
-    return by_size == sorted(by_size)
+    ordered = [values[index] for index in template.order]
+    return ordered == sorted(ordered)
 
 
 def fill(template, values):
@@ -354,5 +334,8 @@ def renumbered(found, seed, number, wanted=lambda question: True):
     for index, template in enumerate(found):
         if template:
             rng = random.Random(f"{seed} {number} {index}")
-            draws = (renumber(template, rng) for _ in range(DRAWS))
-            yield from islice((copy for copy in draws if wanted(copy["question"])), 1)
+            for _ in range(DRAWS):
+                copy = renumber(template, rng)
+                if wanted(copy["question"]):
+                    yield copy
+                    break

@@ -1,9 +1,9 @@
 """What the analysis has the models do: record a split's latents, decode after given or forced ones.
 
-    latents = record_latents(setting, llm, top_k)               # what the latent model thinks
-    latents = record_summaries(setting, llm, encoder, top_k)    # what the encoder makes of S
+    latents = record_latents(setting, llm)               # what the latent model thinks
+    latents = record_summaries(setting, llm, encoder)    # what the encoder makes of S
     found = decode_after_latents(setting, llm, latents.z, latents.n)
-    found = decode_along_path(setting, llm, path)               # each z holds one path's chunk
+    found = decode_along_path(setting, llm, tokens)      # each z holds one path's chunk
 
 Shapes: R problems, N latents at most, K entries of α that are recorded; the rest as in model.py.
 """
@@ -13,8 +13,10 @@ import numpy as np
 import torch
 
 from data import Problems
-from decode import evaluate, latents_prompt, summaries
-from encoder import count_chunks
+from decode import latents_prompt
+from encoder import count_chunks, pad
+from lab.evaluate import evaluate, summaries
+from lab.metrics import Latents
 
 RECORDED = 300         # entries of each α that are recorded, the largest ones
 FEW, POINTS = 128, 25  # a curve decodes anew at every point: its problems and points at most
@@ -25,32 +27,22 @@ class Setting(NamedTuple):
     """What all measurements share."""
 
     problems: Problems
-    R: int           # the first R problems are measured
-    c: int           # tokens of a chunk
-    caps: tuple      # (latents, tokens) at which decoding stops
+    R: int              # the first R problems are measured
+    c: int              # tokens of a chunk
+    caps: tuple         # (latents, tokens) at which decoding stops
+    encoder_top_k: int  # entries of α in a z of the encoder, 0 = all
+    top_k: int          # and in one of the latent model
     batch_size: int
-    env: object      # device, tokenizer and autocast, from common.setup
+    env: object         # device, tokenizer, autocast, parts and settings, from lab.setup
 
 
-def decode_split(setting, llm, thought, **options):
-    """`decode.evaluate` in this setting; `options` are further arguments of it."""
-    options = {"limit": setting.R, **options}
-    return evaluate(llm, setting.problems, setting.env, thought, setting.caps,
-                    chunk_size=setting.c, batch_size=setting.batch_size, **options)
+def decode_split(setting, llm, **options):
+    """`lab.evaluate.evaluate` in this setting; `options` are further arguments of it."""
+    options = {"limit": setting.R, "batch_size": setting.batch_size, **options}
+    return evaluate(llm, setting.problems, setting.env, setting.caps, **options)
 
 
 # ------------------------------------------------------------------------------ recording latents
-
-class Latents(NamedTuple):
-    """The chains of R problems. Past the end of a chain stands anything, to be masked."""
-
-    n: torch.Tensor        # int64 (R,) latents of each chain
-    values: torch.Tensor   # float32 (R, N, K): α's largest entries in falling order,
-    ids: torch.Tensor      # int32 (R, N, K): and whose they are
-    entropy: torch.Tensor  # float32 (R, N): of the whole α, in nats
-    z: torch.Tensor        # float32 (R, N, C)
-    answers: dict          # {problem: (text, right, its ids)}; empty for the encoder's chains
-
 
 def allocate(setting, llm, N):
     """Latents of zeros, with room for N of them in each chain (at least 1)."""
@@ -74,15 +66,7 @@ def record(latents, rows, t, alpha, z):
     latents.z[rows, t] = z.float().cpu()
 
 
-def trim(latents):
-    """The same Latents, N no larger than the longest chain."""
-    N = max(1, int(latents.n.max()))
-    return latents._replace(values=latents.values[:, :N], ids=latents.ids[:, :N],
-                            entropy=latents.entropy[:, :N], z=latents.z[:, :N])
-
-
-@torch.no_grad()
-def record_latents(setting, llm, top_k):
+def record_latents(setting, llm):
     """The chains that the latent model thinks, α = q being its predictions, and its answers."""
     latents = allocate(setting, llm, N=setting.caps[0])
 
@@ -91,12 +75,14 @@ def record_latents(setting, llm, top_k):
         record(latents, rows, step, q[active], z[active])
         latents.n[rows] = step + 1
 
-    found = decode_split(setting, llm, "latent", top_k=top_k, on_latent=on_latent)
-    return trim(latents._replace(answers=found["answers"]))
+    found = decode_split(setting, llm, c=setting.c, top_k=setting.top_k, on_latent=on_latent)
+    N = max(1, int(latents.n.max()))
+    n, *arrays, _ = latents
+    return Latents(n, *(array[:, :N] for array in arrays), found["answers"])
 
 
 @torch.no_grad()
-def record_summaries(setting, llm, encoder, top_k):
+def record_summaries(setting, llm, encoder):
     """What the encoder makes of the true chains, with z in the embeddings of `llm`."""
     problems, env = setting.problems, setting.env
     n = torch.from_numpy(count_chunks(problems.s.length[:setting.R], setting.c))
@@ -104,7 +90,8 @@ def record_summaries(setting, llm, encoder, top_k):
     batch_size = -(-setting.batch_size // 8)  # few, since α of (B, N, V) is large for GPT-2's V
     for batch in problems.eval_batches(batch_size, setting.R):
         with env.autocast():
-            alpha, z, _ = summaries(llm, encoder, batch, env, setting.c, top_k)
+            alpha, z, _ = summaries(llm, encoder, batch, env, setting.c,
+                                    setting.encoder_top_k)
         rows = torch.from_numpy(batch.rows)[:, None]  # (B, 1)
         record(latents, rows, torch.arange(alpha.size(1)), alpha, z)
     return latents
@@ -116,7 +103,7 @@ def decode_after_latents(setting, llm, z, n, end_of_thought=True):
     """The LLM reads X <bot> and these latents, with <eot> or without, and writes on as text.
 
     z float (R, N, C), n int64 (R,): the latents of the first R problems.
-    Returns what `decode.evaluate` does.
+    Returns what `evaluate` does.
     """
     env = setting.env
     end = [env.tokenizer.eot] if end_of_thought else []
@@ -125,13 +112,13 @@ def decode_after_latents(setting, llm, z, n, end_of_thought=True):
         rows = torch.from_numpy(batch.rows)
         return latents_prompt(llm, batch, z[rows], n[rows], setting.c, end, env.device)
 
-    return decode_split(setting, llm, "text", limit=len(n), prompt=prompt)
+    return decode_split(setting, llm, limit=len(n), prompt=prompt)
 
 
 def decode_after_prefixes(setting, llm, latents, end_of_thought=True):
     """What follows z_0 … z_{k-1}, for k = 0 … N, or POINTS of them, in the first FEW problems.
 
-    Returns (ks, what `decode.evaluate` does for each of them). A shorter chain is given as a whole.
+    Returns (ks, what `evaluate` does for each of them). A shorter chain is given as a whole.
     """
     n, z = latents.n[:FEW], latents.z[:FEW]
     N = int(n.max())
@@ -139,17 +126,20 @@ def decode_after_prefixes(setting, llm, latents, end_of_thought=True):
     return ks, [decode_after_latents(setting, llm, z, n.clamp(max=k), end_of_thought) for k in ks]
 
 
-def decode_along_path(setting, llm, path, top_k=0):
+def decode_along_path(setting, llm, tokens):
     """Latent decoding in which each q is restricted to the tokens of one path's chunk.
 
     FORCED is added to each of them, so that a q without mass there becomes equal shares, and the
     sum is scaled to 1. Past the path's last chunk q stays as it is, so that the model ends its
     chain itself.
-    path int64 (R, chunks, c), padded with -1.
-    Returns what `decode.evaluate` does.
+    tokens: of each problem's path, a list of lists. Returns what `evaluate` does.
     """
+    c = setting.c
+    N = max(1, max(count_chunks(len(row), c) for row in tokens))
+    path = pad(tokens, N * c, value=-1).view(-1, N, c)                          # (R, N, c)
+
     def on_latent(batch, step, q, z, active):
-        if step >= path.size(1):
+        if step >= N:
             return None
         chunk = path[torch.from_numpy(batch.rows), step].to(q.device)           # (B, c)
         allowed = torch.zeros(len(q), q.size(1) + 1, device=q.device)
@@ -159,4 +149,4 @@ def decode_along_path(setting, llm, path, top_k=0):
         total = restricted.sum(1, keepdim=True)                                 # (B, 1)
         return torch.where(total > 0, restricted / total.clamp(min=FORCED), q)
 
-    return decode_split(setting, llm, "latent", top_k=top_k, on_latent=on_latent)
+    return decode_split(setting, llm, c=c, top_k=setting.top_k, on_latent=on_latent)

@@ -1,9 +1,8 @@
 """How the weights are updated: Muon for matrices, AdamW for all others, and the learning rate.
 
-    optimizer = Optimizer({encoder: 4e-3, llm: 4e-3}, device)
-    for group in optimizer.param_groups:
-        group["lr"] = group["peak_lr"] * schedule(step, steps)
-    optimizer.step()
+    optimizer = Optimizer([encoder, llm], peak_lr=4e-3)
+    loss.backward()
+    norm = optimizer.step(schedule(step, steps))
 
 The gradient of a matrix often has a few large singular values, so that a step along it changes the
 matrix in few directions. Muon (Jordan et al., 2024) makes the step nearly orthogonal: then all
@@ -18,33 +17,34 @@ import torch
 class Optimizer:
     """Muon for the matrices of the blocks, AdamW for the embeddings and all vectors, as one.
 
-    models: {model: its peak learning rate}, which stands in each parameter group as `peak_lr`; what
-    is a matrix is decayed. `parameters` lists what they train.
+    What is a matrix is decayed. A weight without a gradient stays as it is.
     """
 
-    def __init__(self, models, device):
-        self.parameters, muon, adamw = [], [], []
-        for model, peak_lr in models.items():
-            blocks = [p for p in model.h.parameters() if p.dim() == 2]
-            embeddings = [model.wte.weight, model.wpe.weight]
-            vectors = [p for p in model.parameters() if p.dim() < 2]
-            muon.append({"params": blocks, "peak_lr": peak_lr})
-            adamw.append({"params": embeddings, "peak_lr": peak_lr})
-            adamw.append({"params": vectors, "peak_lr": peak_lr, "weight_decay": 0.0})
-            self.parameters += model.parameters()
-        fused = device.type in ("cpu", "cuda")
+    def __init__(self, models, peak_lr):
+        self.peak_lr = peak_lr
+        self.parameters = [p for model in models for p in model.parameters()]
+        blocks = [{"params": [p for p in model.h.parameters() if p.dim() == 2]}
+                  for model in models]
+        embeddings = [e.weight for model in models for e in (model.wte, model.wpe)]
+        vectors = [p for p in self.parameters if p.dim() < 2]
+        adamw = [{"params": embeddings}, {"params": vectors, "weight_decay": 0.0}]
+        fused = self.parameters[0].device.type in ("cpu", "cuda")
         self.both = (
-            Muon(muon, weight_decay=0.1),
+            Muon(blocks, weight_decay=0.1),
             torch.optim.AdamW(adamw, weight_decay=0.1, betas=(0.9, 0.95), fused=fused))
-        self.param_groups = [group for one in self.both for group in one.param_groups]
 
-    def step(self):
+    def step(self, rate):
+        """Clip the gradients, update the weights at this share of the peak rate, clear.
+
+        Returns the norm that the gradients had, a tensor.
+        """
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
         for one in self.both:
+            for group in one.param_groups:
+                group["lr"] = self.peak_lr * rate
             one.step()
-
-    def zero_grad(self):
-        for one in self.both:
             one.zero_grad(set_to_none=True)
+        return norm
 
     def state_dict(self):
         return [one.state_dict() for one in self.both]
@@ -52,7 +52,6 @@ class Optimizer:
     def load_state_dict(self, states):
         for one, state in zip(self.both, states, strict=True):
             one.load_state_dict(state)
-        self.param_groups = [group for one in self.both for group in one.param_groups]
 
 
 class Muon(torch.optim.Optimizer):

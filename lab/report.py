@@ -1,20 +1,15 @@
-"""The pages: tables, charts and problems as HTML, from the templates in assets.
+"""The page of a run: tables, charts and problems as HTML.
 
-    html = page(report, pictures)        # a run: assets/report.html
-    html = sweep_page(rows, heads, text)  # what sweep.py compares: assets/sweep.html
+    html = page(report, pictures(problems, chains, chunks, tokenizer))
 
 `report` is what analyze.py writes to report.json; its docstring says what is in it. Every $name in
-a template becomes a figure, a table or a chart. Nothing is measured here, and nothing is read but
-the template.
+the template, report.html, becomes a figure, a table or a chart. Nothing is measured here.
 """
-import math
 from html import escape
 from pathlib import Path
 from string import Template
 
-TEMPLATE = Path(__file__).with_name("assets") / "report.html"
-SWEEP = TEMPLATE.with_name("sweep.html")
-COLORS = 8  # that it has
+TEMPLATE = Path(__file__).with_suffix(".html")
 LABELS = {"warm_up": "Explicit, the warm-up", "explicit": "Explicit chain of thought",
           "no_cot": "No chain of thought", "latent": "Latent chain",
           "gold": "Summaries by the encoder"}
@@ -23,10 +18,11 @@ LOOPS = {"sft": "Warm-up (sft)", "sup": "Phase 1 (sup)", "latent": "Phase 3 (lat
 FIGURES = ("accuracy", "interval", "steps", "seconds", "unparseable", "capped")
 CHAINS = ("encoder", "latent")  # the encoder's summaries of the true chain; what the model thinks
 HEAVIEST = 5                    # tokens of each latent that are shown
+SHOWN = 12                      # problems that were solved, and as many that were not
 LEFT, RIGHT, TOP, BOTTOM = 36, 352, 12, 172  # the edges of a chart, in units of its viewBox
 
-# ----------------------------------------------------------------------------------------- tables
 
+# ----------------------------------------------------------------------------------------- tables
 
 def cell(x):
     """One entry of a table: a list is an interval, None a dash, and text is escaped."""
@@ -57,10 +53,8 @@ def scale(value, low, high, start, end):
 
 def axis_top(largest):
     """The smallest of 0.001, 0.002, 0.004, 0.008, 0.01, … that is no less than `largest`."""
-    for exponent in range(-3, 300):
-        for digit in (1, 2, 4, 8):
-            if digit * 10.0 ** exponent >= largest:
-                return digit * 10.0 ** exponent
+    tops = (digit * 10.0 ** exponent for exponent in range(-3, 300) for digit in (1, 2, 4, 8))
+    return next(top for top in tops if top >= largest)
 
 
 def grid(low, top):
@@ -146,21 +140,41 @@ def strip(values, ids, chunks, tokenizer):
     return f'<div class="strip">{html}</div>'
 
 
-def picture(problem, written, right, strips, unfold=False):
+def picture(problem, answer, strips, unfold=False):
     """A problem as HTML to unfold: the question, the true chain, what the model wrote, its chains.
 
     problem  {question, chain, answer}, all str
-    written  the text that the latent model wrote after its chain; right: whether that is the answer
+    answer   (the text that the latent model wrote after its chain, whether it is right, its ids)
     strips   {whose chain: HTML, from `strip`}
     unfold   the problem is shown unfolded at first
     """
+    written, right, _ = answer
     state = " open" if unfold else ""
     sign = "<b>✓</b>" if right else "<b class=no>✗</b>"
     question, chain, answer = (escape(problem[key]) for key in ("question", "chain", "answer"))
     html = f"<details{state}><summary>{sign} {question}</summary>"
-    html += f"<p>{chain} #### {answer}<br>the model: {escape(written)}</p>"
+    html += f"<p>{chain} #### {answer}<br>the model: {escape(written.removeprefix('<eot>'))}</p>"
     html += "".join(f"<small>{name}</small>{columns}" for name, columns in strips.items())
     return html + "</details>"
+
+
+def pictures(problems, chains, chunks, tokenizer):
+    """As HTML, the first problems that the latent model solved, then those that it did not.
+
+    chains {whose: Latents}; chunks int (R, chunks, c): the true chains' tokens.
+    """
+    answers = chains["latent"].answers
+    solved = [row for row in range(len(problems)) if answers[row][1]]
+    unsolved = [row for row in range(len(problems)) if not answers[row][1]]
+    html = []
+    for row in solved[:SHOWN] + unsolved[:SHOWN]:
+        strips = {}
+        for whose, latents in chains.items():
+            n = latents.n[row]
+            strips[whose] = strip(latents.values[row, :n], latents.ids[row, :n], chunks[row],
+                                  tokenizer)
+        html.append(picture(problems[row], answers[row], strips, unfold=not html))
+    return html
 
 
 # --------------------------------------------------------------------------------------- the page
@@ -173,7 +187,7 @@ def verdict(controls):
     return "does as well, as far as so many problems tell: these latents do nothing"
 
 
-def curves(controls, continuation):
+def prefix_charts(controls, continuation):
     """The two charts of what happens when a chain is cut, or goes on as text."""
     cut = controls["cut"]
     written = {"answer": continuation["accuracy"], "next chunk": continuation["next_chunk"]}
@@ -231,108 +245,31 @@ def accuracy_table(section):
     return table({key: section[key] for key in ("accuracy", "interval")})
 
 
-def page(report, pictures):
+def page(report, shown):
     """report.html as text: one file, no script, no request.
 
-    report    what report.json holds
-    pictures  the problems shown, one at least, as `picture` makes them
+    report  what report.json holds
+    shown   the problems shown, one at least, as `pictures` makes them
     """
-    controls, config = report["controls"], report["config"]
-    made = {key: escape(str(value)) for key, value in (config["sup"] | config["analyze"]).items()}
+    controls, config = report["controls"], report["config"]["analyze"]
+    made = {**config["settings"], **config["made_by"], "fingerprint": config["made_of"]["data"]}
     accuracy = {figure: {label: report[figure][way] for way, label in LABELS.items()}
                 for figure in FIGURES}
     content = {
         "problems": report["problems"],
         "accuracy": table(accuracy),
         "errors": table({LABELS[way]: types for way, types in report["errors"].items()}),
-        "first": pictures[0],
+        "first": shown[0],
         "verdict": verdict(controls),
         "donor": f"{100 * controls['donor']:.0f}",
         "controls": accuracy_table(controls),
         "collapse": accuracy_table(report["collapse"]),
         "ecr": ecr_table(report["ecr"]),
         "curves": learning_curves(report["curves"]),
-        "more": "\n".join(pictures[1:])}
-    content |= curves(controls, report["continuation"])
+        "more": "\n".join(shown[1:])}
+    content |= prefix_charts(controls, report["continuation"])
     content |= path_figures(report["parallelism"])
     content |= shape_charts(report["shape"])
-    return Template(TEMPLATE.read_text("utf-8")).substitute(made | content)
+    content |= {name: escape(str(value)) for name, value in made.items()}
+    return Template(TEMPLATE.read_text("utf-8")).substitute(content)
 
-
-# ------------------------------------------------------------------------------ the page of a sweep
-# A row {head: entry} has the figures of one setting: group, accuracy with its range, steps, seeds,
-# page (its report, to link to), color. Widths are in percent, so that text keeps its size
-
-def dot(row, name, x, y):
-    """A link that tells its figures to who points at it; hollow where one seed is all there is."""
-    low, high = row["range"]
-    title = (f"{name}: {row['accuracy']:.3f} ({low:.3f} – {high:.3f}), {row['steps']:.1f} steps, "
-             f"seeds: {row['seeds']}")
-    fill = "var(--page)" if row["seeds"] == "1*" else row["color"]
-    return (f'<a href="{escape(row["page"])}"><circle cx="{x}" cy="{y}" r="4" fill="{fill}" '
-            f'stroke="{row["color"]}"><title>{escape(title)}</title></circle></a>')
-
-
-def dot_plot(rows, reference=None):
-    """{setting: row} with intervals, the best on top; a dashed line at `reference`."""
-    bottom, svg = 24 * len(rows) + 4, ""
-    for i in range(5):
-        svg += f'<line x1="{25 * i}%" x2="{25 * i}%" y1="0" y2="{bottom}"/>'
-        svg += f'<text x="{25 * i}%" y="{bottom + 16}" text-anchor="middle">{i / 4:g}</text>'
-    if reference is not None:
-        at = f"{100 * reference:.1f}%"
-        svg += f'<line class="reference" x1="{at}" x2="{at}" y1="0" y2="{bottom}"/>'
-    for i, name in enumerate(sorted(rows, key=lambda name: -rows[name]["accuracy"])):
-        row, y = rows[name], 24 * i + 14
-        low, at, high = (f"{100 * x:.1f}%" for x in (row["range"][0], row["accuracy"],
-                                                     row["range"][1]))
-        svg += f'<line x1="{low}" x2="{high}" y1="{y}" y2="{y}" style="stroke:{row["color"]}"/>'
-        svg += dot(row, name, at, y)
-        svg += f'<text x="-12" y="{y + 4}" text-anchor="end">{escape(name)}</text>'
-        svg += f'<text x="100%" dx="12" y="{y + 4}">{row["accuracy"]:.3f}</text>'
-    return f'<div class="dots"><svg height="{bottom + 20}">{svg}</svg></div>'
-
-
-def scatter(rows):
-    """{setting: row}, accuracy by steps; a name is written where none is in its way on a phone."""
-    top, svg = 20 * math.ceil(max(row["steps"] for row in rows.values()) / 20) or 20, ""
-    for i in range(5):
-        y = 290 - 70 * i
-        svg += f'<line x1="0" x2="100%" y1="{y}" y2="{y}"/>'
-        svg += f'<text x="-8" y="{y + 4}" text-anchor="end">{i / 4:g}</text>'
-        svg += f'<text x="{25 * i}%" y="310" text-anchor="middle">{i * top // 4}</text>'
-    taken = []  # (left, right, y) of the names so far, in pixels of a chart 300 wide
-    for name, row in rows.items():
-        x = f"{100 * row['steps'] / top:.1f}%"
-        low, y, high = (round(290 - 280 * a, 1) for a in (row["range"][0], row["accuracy"],
-                                                          row["range"][1]))
-        svg += f'<line x1="{x}" x2="{x}" y1="{low}" y2="{high}" style="stroke:{row["color"]}"/>'
-        svg += dot(row, name, x, y)
-        at, width = 300 * row["steps"] / top, 6.5 * len(name)
-        left, anchor, dx = (at + 9, "start", 9) if at < 180 else (at - 9 - width, "end", -9)
-        if all(left > b or left + width < a or abs(y - other) > 12 for a, b, other in taken):
-            taken.append((left, left + width, y))
-            svg += f'<text x="{x}" dx="{dx}" y="{y + 4}" text-anchor="{anchor}">'
-            svg += escape(name) + "</text>"
-    return f'<div class="cloud"><svg height="316">{svg}</svg></div>'
-
-
-def sweep_page(rows, heads, text):
-    """sweep.html as text: one file, no script, no request.
-
-    rows  {setting: row}, all but `color`; heads: the columns of the table, what a row lacks is –
-    text  {state, notes}: sentences
-    """
-    groups, charts, key = {}, "", ""
-    reference = rows.get("default", {}).get("accuracy")
-    for name, row in rows.items():
-        groups.setdefault(row["group"], {})[name] = row
-    for i, (group, mine) in enumerate(groups.items()):
-        for row in mine.values():
-            row["color"] = f"var(--c{i % COLORS})"
-        title = f'<b class="key" style="color:var(--c{i % COLORS})">{escape(group)}</b>'
-        charts += f"<figure>{title}{dot_plot(mine, reference)}</figure>\n"
-        key += title + " "
-    figures = table({head: {name: row.get(head) for name, row in rows.items()} for head in heads})
-    return Template(SWEEP.read_text("utf-8")).substitute(
-        text, scatter=scatter(rows), key=key, charts=charts, table=figures)

@@ -1,33 +1,43 @@
 """What is measured: pure functions of α, of chains and of paths. No model runs here.
 
-    wilson, mean            a share's interval; the mean of what is defined
-    ecr, measure_ecr        how much of its chunk a summary holds
-    spans, token_mass       paths cut into as many parts as there are latents; α of their tokens
-    effective_paths         how many reasoning paths one chain of latents follows,
-    covered_spans             in two measures
-    span_mass, span_shares  how much of α is on each path, latent by latent
-    chain_shape             entropy, weight, norm and cosine along a chain
-    error_type              why an answer written after a chain of text is wrong
+    measure_ecr          how much of its chunk a summary holds
+    measure_parallelism  how many reasoning paths one chain of latents follows: effective_paths and
+                         covered_spans; how α is shared among them, latent by latent: span_shares
+    measure_shape        entropy, weight, norm and cosine along a chain
+    count_errors         why answers written after a chain of text are wrong
 
 Shapes here, beside those of model.py:
     R  problems             M  paths of a problem            W  tokens of a span
     N  latents at most      K  entries of α that are kept    c  tokens of a chunk
 
-The α of R chains are `values` float32 (R, N, K), the largest entries of each in falling order, and
-`ids` int (R, N, K), whose entries they are; n int64 (R,) says how many latents each chain has.
 Arrays of tokens are padded with -1.
 """
 import re
+from collections import Counter
 from fractions import Fraction
+from typing import NamedTuple
 
 import torch
 
-from data import to_number
-from encoder import count_chunks
-from renumber import ALWAYS, NUMBER, PERCENT, constants_of, is_arithmetic, value_of
+from encoder import count_chunks, pad
+from lab.numbers import to_number
+from lab.renumber import ALWAYS, NUMBER, PERCENT, constants_of, is_arithmetic, value_of
 
-FLOOR = 1e-6  # the mass of a span at least, since its logarithm is taken
-COVER = 0.03  # a span is covered where each of its tokens has as much of α
+FLOOR = 1e-6      # the mass of a span at least, since its logarithm is taken
+COVER = 0.03      # a span is covered where each of its tokens has as much of α
+PATH_TOP_K = 100  # entries of α that count for a path
+PATH_BATCH = 8    # problems whose paths are compared at once: α is made dense for it, (B, N, V)
+
+
+class Latents(NamedTuple):
+    """The chains of R problems. Past the end of a chain stands anything, to be masked."""
+
+    n: torch.Tensor        # int64 (R,) latents of each chain
+    values: torch.Tensor   # float32 (R, N, K): α's largest entries in falling order,
+    ids: torch.Tensor      # int32 (R, N, K): and whose they are
+    entropy: torch.Tensor  # float32 (R, N): of the whole α, in nats
+    z: torch.Tensor        # float32 (R, N, C)
+    answers: dict          # {problem: (text, right, its ids)}; empty for the encoder's chains
 
 
 # ----------------------------------------------------------------------------------- small things
@@ -105,7 +115,7 @@ def measure_ecr(ids, n, chunks, ks):
             "maximum": ecr(most_frequent_tokens(own), own, real, ks)}
 
 
-# --------------------------------------------------------------------------------- parallel paths
+# ------------------------------------------------------------------- the paths of one chain, cut up
 
 def span_edges(length, n, c, N):
     """Where each span of a path starts and ends: int64 (..., N) each; they are equal past n."""
@@ -120,15 +130,15 @@ def span_edges(length, n, c, N):
     return start, end.where(t[:-1] < n, start)
 
 
-def spans(tokens, length, n, c, N):
+def spans(tokens, n, c, N):
     """Paths cut into as many spans as there are latents. A span is a set: it has a token once.
 
     The spans are the path's chunks where it has as many chunks as the chain has latents; else they
     are equal parts, of one token at least.
-    tokens int64 (..., L), length int64 (...): the paths; n int64 (...): the chain's latents
+    tokens int64 (..., L), padded with -1: the paths; n int64 (...): the chain's latents
     Returns int64 (..., N, W), padded with -1: past the n-th span, and where a path has no tokens.
     """
-    start, end = span_edges(length, n, c, N)                           # (..., N) each
+    start, end = span_edges((tokens >= 0).sum(-1), n, c, N)            # (..., N) each
     W = max(1, int((end - start).max()))
     index = start[..., None] + torch.arange(W)                         # (..., N, W)
     tokens = tokens[..., None, :].expand(*index.shape[:-1], -1)        # (..., N, L)
@@ -224,7 +234,97 @@ def span_shares(mass, path):
     return share.amax(1), torch.special.entr(share).sum(1).exp()
 
 
+# ------------------------------------------------------------------------ the paths of many chains
+
+def pad_paths(token_paths):
+    """For each problem a list of paths, as one tensor: int64 (R, M, L), padded with -1."""
+    M = max(len(paths) for paths in token_paths)
+    flat = []
+    for paths in token_paths:
+        flat += paths + [[]] * (M - len(paths))
+    return pad(flat, max(map(len, flat)), value=-1).view(len(token_paths), M, -1)
+
+
+def paths_of_next_problems(token_paths):
+    """For each problem as many paths as it has, taken from the problems after it, in a circle."""
+    flat = sum(token_paths, [])
+    end, found = 0, []
+    for paths in token_paths:
+        end += len(paths)
+        others = len(flat) - len(paths)  # where they are fewer than its own, they come again
+        found.append([flat[(end + m % others) % len(flat)] for m in range(len(paths))])
+    return found
+
+
+def along_paths(measure, latents, rows, token_paths, c):
+    """measure(mass, path, n) of those problems `rows` that have any latent: a list of tensors.
+
+    measure takes and returns tensors of some problems; rows int64 (R,); token_paths: for each of
+    them a list of paths.
+    """
+    tokens, found = pad_paths(token_paths), []
+    for index in torch.arange(len(rows)).split(PATH_BATCH):
+        r = rows[index]
+        n, ids = latents.n[r], latents.ids[r, :, :PATH_TOP_K]
+        path = spans(tokens[index], n[:, None], c, ids.size(1))        # (B, M, N, W)
+        mass = token_mass(latents.values[r, :, :PATH_TOP_K], ids, path)
+        found.append(measure(mass, path, n))
+    has_latents = latents.n[rows] > 0
+    return [torch.cat(parts)[has_latents] for parts in zip(*found)]
+
+
+def follow(mass, path, n):
+    return effective_paths(mass, path, n), covered_spans(mass, path)   # (R,) each
+
+
+def by_order(mass, path, n):
+    on_span = span_mass(mass, path)                                    # (R, M, N)
+    return on_span, *span_shares(on_span, path)                        # (R, N) each
+
+
+def by_latent(x):
+    """x (R, N) as the means over the chains, a list."""
+    return [mean(column) for column in x.T]
+
+
+def measure_parallelism(chains, paths, tokenizer, c, orders):
+    """How many paths the chains of those problems follow that have two or more: a section.
+
+    None where fewer than two problems have them. chains {whose: Latents}; paths: for each problem
+    the texts of its known paths; orders: whether the m-th path is the same order of steps in all
+    problems, as in the toy task.
+    """
+    rows = torch.tensor([r for r, known in enumerate(paths) if len(known) > 1])
+    if len(rows) < 2:
+        return None
+    own = [[tokenizer.encode(path) for path in paths[r]] for r in rows]
+    random = paths_of_next_problems(own)
+    count = torch.tensor([len(known) for known in own])
+    section = {"problems": len(rows), "paths": mean(count), "orders": {} if orders else None}
+    for whose, latents in chains.items():
+        section[whose] = {}
+        for suffix, token_paths in (("", own), ("_random", random)):
+            n_eff, covered = along_paths(follow, latents, rows, token_paths, c)
+            section[whose] |= {f"n_eff{suffix}": mean(n_eff),
+                               f"above_1.7{suffix}": mean(n_eff > 1.7),
+                               f"covered{suffix}": mean(covered)}
+        if orders:
+            mass, leading, effective = along_paths(by_order, latents, rows, own, c)
+            section["orders"][whose] = {"mass": [by_latent(order) for order in mass.unbind(1)],
+                                        "leading": by_latent(leading),
+                                        "effective": by_latent(effective)}
+    return section
+
+
 # ------------------------------------------------------------------------------------------ shape
+
+def measure_shape(chains, E):
+    """The norms of the ordinary tokens' embeddings E, and the shape of {whose: Latents}."""
+    norm = E.float().norm(dim=1)
+    low, high = norm.quantile(0.05).item(), norm.quantile(0.95).item()
+    shapes = {whose: chain_shape(x.n, x.values, x.entropy, x.z) for whose, x in chains.items()}
+    return {"token_norm": {"low": low, "mean": mean(norm), "high": high}, **shapes}
+
 
 def chain_shape(n, values, entropy, z):
     """How α and z change along a chain: lists over positions, of means over the chains so long.
@@ -240,13 +340,20 @@ def chain_shape(n, values, entropy, z):
                "entropy": entropy.where(real, torch.nan),
                "top1": values[:, :, 0].where(real, torch.nan),
                "norm": z.norm(dim=2).where(real, torch.nan)}
-    means = {name: [mean(x) for x in column.T] for name, column in columns.items()}
+    means = {name: by_latent(column) for name, column in columns.items()}
     return {"count": real.sum(0).tolist(), **means}
 
 
 # -------------------------------------------------------------------------------- errors of a chain
 
 ERRORS = ("no number", "arithmetic", "operand", "steps")
+
+
+def count_errors(problems, answers):
+    """{type: how many} of the wrong ones among `answers`, {problem: (text, right, its ids)}."""
+    types = Counter(error_type(problems[row]["question"], text)
+                    for row, (text, right, _) in answers.items() if not right)
+    return {name: types[name] for name in ERRORS}
 
 
 def error_type(question, text):

@@ -1,0 +1,1 @@
+"""What serves the method and does not teach it: flags, files, evaluation, analysis, ablations."""

@@ -1,0 +1,445 @@
+"""How fast is each part, and how close to what this machine can do?
+
+    python -m lab.bench                                # the toy task's sizes, on a GPU if any
+    python -m lab.bench --preset gsm8k --json b.json   # the same as JSON, too
+    python -m lab.bench --preset easy --tokens 50256   # with GPT-2's whole vocabulary
+    python -m lab.bench --quick                        # two minutes on one core: fewer repeats
+
+Weights and tokens are random, the lengths are those of the data; nothing is downloaded and nothing
+trained. What is compared is timed in turn, and what is printed are medians. train_sup.py's flags
+for model and training work, too: GPT-2 is --preset gsm8k --tokens 50256 --n-layer 12 --n-head 12
+--n-embd 768, and how a part scales is asked with --batch-size 64 or --chunk-size 4.
+
+FLOPs are counted from the shapes: 2 m k n for every product of an (m, k) and a (k, n) matrix,
+forward and backward, padding and masked pairs included, and nothing for the rest (softmax, GELU,
+norms, Adam). tokens/s counts what is real: tokens and latents, without padding. Memory is what a
+part needs on a GPU besides weights and optimizer. `data` is the making of batches, a Python loop
+that the device waits for; its share of a training step should stay under 3 %.
+"""
+import argparse
+import contextlib
+import json
+import statistics
+import tempfile
+import time
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+import lab.setup
+from data import Batch, Problems, Tokens
+from decode import decode, question_prompt
+from encoder import (Layout, Parts, chunk_tokens, count_chunks, draw_followed, encoder_batch,
+                     explicit_batch, insert_latents, latent_batch, llm_batch, ordinary_softmax,
+                     summary_states, superpose_sparse, top_k_renormalized)
+from lab.files import Store, StoreWriter, UserError
+from lab.flags import SHAPE, flags_of
+from lab.optim import Optimizer
+from losses import (bag_loss, explicit_loss, gumbel_noise, gumbel_perturb, latent_loss, sup_loss,
+                    weighted_nll)
+from model import GPT, Attention, GPTConfig, gather_slots
+
+# as measured: ordinary tokens; tokens of a question and of a chain, their mean and spread
+PRESETS = {
+    "toy": (410, (54.6, 1.5), (55, 6)),
+    "easy": (5761, (39, 8), (18, 5)),
+    "gsm8k": (16461, (55, 21), (24, 11)),
+}
+TRAINING = ("sft", "phase 1", "phase 3")
+PASSES = 6  # batches that a job runs, about an epoch
+CAUSAL = Parts(encoder_mask=lambda layout: None, llm_mask=lambda layout: None)
+
+
+# ---------------------------------------------------------------------------------------- measuring
+
+def timed(jobs, repeats, device):
+    """{name: seconds of every repeat}, all jobs in turn; a first round is not counted."""
+    times = {name: [] for name in jobs}
+    for _ in range(repeats + 1):
+        for name, job in jobs.items():
+            start = time.perf_counter()
+            job()
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            times[name].append(time.perf_counter() - start)
+    return {name: seconds[1:] for name, seconds in times.items()}
+
+
+def quotient(over, under):
+    """Median of the quotients of neighbours: what slows both for a while cancels."""
+    return statistics.median(a / b for a, b in zip(over, under))
+
+
+def count_flops(job):
+    with torch.compiler.set_stance("force_eager"), FlopCounterMode(display=False) as counter:
+        job()
+    return counter.get_total_flops()
+
+
+def added_memory(job, device):
+    """MiB that a job needs on a GPU at most, besides what is there before."""
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    job()
+    return (torch.cuda.max_memory_allocated(device) - before) / 2 ** 20
+
+
+# ----------------------------------------------------------------------------------- what is timed
+
+def stand_in(n_ordinary):
+    """A tokenizer whose texts are numbers, each a token."""
+    def encode(text):
+        return [int(word) for word in text.replace("#### ", "").split()]
+
+    ids = dict(zip(("eos", "bot", "eot", "sum"), range(n_ordinary, n_ordinary + 4)))
+    return SimpleNamespace(encoding=SimpleNamespace(encode_ordinary=encode), **ids,
+                           n_ordinary=n_ordinary, n_vocab=-(-(n_ordinary + 4) // 64) * 64)
+
+
+def some_problems(tokenizer, count, args, x, s):
+    """Problems of random tokens; x, s: mean and spread of the lengths of question and chain."""
+    rng = np.random.default_rng(0)
+
+    def text(mean, spread):
+        length = max(2, round(rng.normal(mean, spread)))
+        return " ".join(map(str, rng.integers(0, tokenizer.n_ordinary, length)))
+
+    rows = [{"question": text(*x), "chain": text(*s), "answer": "1 2"} for _ in range(count)]
+    return Problems(rows, tokenizer, args.block_size, args.chunk_size)
+
+
+def random_store(folder, problems, c, n_ordinary):
+    """The store that phase 2 would write, with random α."""
+    n = count_chunks(problems.s.length, c)
+    K, total = min(50, n_ordinary), int(n.sum())
+    rng = np.random.default_rng(0)
+    writer = StoreWriter(folder, total, K)
+    writer.values[:] = rng.dirichlet([0.1] * K, total)
+    writer.ids[:] = rng.integers(0, n_ordinary, (total, K))
+    writer.finish(n.cumsum() - n, settings={}, made_of={}, made_by={})
+    return Store(folder)
+
+
+class Bench:
+    """Models, data, and a job for each part."""
+
+    def __init__(self, args, env, attention=Attention):
+        n_ordinary, x, s = PRESETS[args.preset]
+        tokenizer = stand_in(args.tokens or n_ordinary)
+        self.args, self.env = args, SimpleNamespace(**vars(env) | {"tokenizer": tokenizer})
+        self.problems = some_problems(tokenizer, PASSES * args.batch_size, args, x, s)
+        self.batches = {name: list(self.draw_batches(name)) for name in TRAINING}
+        config = GPTConfig(tokenizer.n_vocab, args.block_size, args.n_layer, args.n_head,
+                           args.n_embd)
+        self.llm, self.encoder = GPT(config).to(env.device), GPT(config).to(env.device)
+        for block in (*self.llm.h, *self.encoder.h):
+            block.attn.__class__ = attention
+        with torch.no_grad():
+            # logits of <eot> and <|endoftext|> are 0 and never the largest: only the caps end a row
+            self.llm.wte.weight[[tokenizer.eot, tokenizer.eos]] = 0
+        lab.setup.compile_blocks([self.encoder, self.llm], args)
+        models = {"sft": [self.llm], "phase 1": [self.encoder, self.llm], "phase 3": [self.llm]}
+        self.optimizers = {name: Optimizer(models[name], peak_lr=1e-6) for name in TRAINING}
+        folder = Path(tempfile.mkdtemp(dir=args.out), "latents")
+        self.store = random_store(folder, self.problems, args.chunk_size, tokenizer.n_ordinary)
+
+    def draw_batches(self, name):
+        """The batches of a phase's loop."""
+        c = self.args.chunk_size
+        self.problems.make_buckets({"sft": 1, "phase 1": 1.5 + 1 / c, "phase 3": 1 / c}[name])
+        for step in range(PASSES):
+            yield self.problems.train_batch(step, self.args.batch_size, 0)
+
+    def inputs(self, name, batch):
+        """The data path: what the phase's loop makes of a batch."""
+        c, tokenizer = self.args.chunk_size, self.env.tokenizer
+        if name == "sft":
+            return (explicit_batch(batch),)
+        if name == "phase 1":
+            follow = draw_followed(batch, c, seed=0, step=1)                   # (B,)
+            seq = llm_batch(batch, c, follow, self.args.follow)
+            return encoder_batch(batch, c, tokenizer.sum), seq, chunk_tokens(batch, c)
+        if name == "compress":
+            return (encoder_batch(batch, c, tokenizer.sum),)
+        seq = latent_batch(batch, c)
+        values, ids = self.store.read(batch.rows, seq.summary_index.size(1))   # (B, N, K)
+        return seq, values, ids, gumbel_noise(0, 1, values.shape)
+
+    def loss(self, name, inputs):
+        """What the phase's loop makes of its inputs."""
+        inputs = [x.to(self.env.device) for x in inputs]
+        with self.env.autocast():
+            if name == "sft":
+                return explicit_loss(self.llm, *inputs)
+            if name == "phase 1":
+                return sum(sup_loss(self.encoder, self.llm, *inputs, self.env.tokenizer.n_ordinary,
+                                    self.args.top_k, self.env.parts))
+            seq, values, ids, noise = inputs
+            p = gumbel_perturb(values, noise)                                  # (B, N, K)
+            z = superpose_sparse(p, ids, self.llm.wte.weight)                  # (B, N, C)
+            return sum(latent_loss(self.llm, seq, z, p, ids))
+
+    # the jobs
+
+    def train(self, name, passes=PASSES):
+        for batch in self.batches[name][:passes]:
+            self.loss(name, self.inputs(name, batch)).backward()
+            self.optimizers[name].step(1.0)
+
+    def data_path(self, name):
+        for batch in self.draw_batches(name):
+            self.inputs(name, batch)
+
+    @contextlib.contextmanager
+    def eager(self):
+        """As the scripts decode and compress: without the graphs that are made for training."""
+        with self.env.autocast(), torch.compiler.set_stance("force_eager"):
+            yield
+
+    @torch.no_grad()
+    def compress(self):
+        tokenizer, K = self.env.tokenizer, self.store.values.shape[1]
+        for batch in self.batches["sft"]:
+            enc = self.inputs("compress", batch)[0].to(self.env.device)
+            with self.eager():
+                hidden = summary_states(self.encoder, enc, self.env.parts.encoder_mask)
+                alpha = ordinary_softmax(self.encoder.head(hidden), tokenizer.n_ordinary)
+                for tensor in top_k_renormalized(alpha, K):
+                    tensor.cpu().numpy()
+
+    def caps(self, batch, latent):
+        """(latents, tokens): as many as the batch's longest chain and answer need."""
+        chain = max(len(p.chain) for p in batch.problems)
+        answer = max(len(p.answer) for p in batch.problems)
+        if latent:
+            return count_chunks(chain, self.args.chunk_size), answer
+        return 0, chain + answer
+
+    def decode(self, latent, batches):
+        """The tokens written, a list for each problem."""
+        written, c = [], self.args.chunk_size if latent else 0
+        for batch in batches:
+            max_latents, max_tokens = self.caps(batch, latent)
+            with self.eager():
+                prompt = question_prompt(self.llm, batch, self.env.device)
+                written += decode(self.llm, self.env.tokenizer, *prompt, c=c,
+                                  max_latents=max_latents, max_tokens=max_tokens,
+                                  latent=self.env.parts.latent).tokens
+        return written
+
+    def jobs(self):
+        return {"sft": partial(self.train, "sft"),
+                "phase 1": partial(self.train, "phase 1"),
+                "compress": self.compress,
+                "phase 3": partial(self.train, "phase 3"),
+                "latent decoding": partial(self.decode, True, self.batches["sft"]),
+                "explicit decoding": partial(self.decode, False, self.batches["sft"])}
+
+    def tokens(self, name):
+        """Real tokens and latents that a job reads, or writes."""
+        batches = self.batches.get(name, self.batches["sft"])
+        if name.endswith("decoding"):
+            latent = name.startswith("latent")
+            return sum(len(batch.rows) * sum(self.caps(batch, latent)) for batch in batches)
+        layouts = [x for batch in batches for x in self.inputs(name, batch)
+                   if isinstance(x, Layout)]
+        # but for a row's first slot, only padding stands at 0
+        return sum(len(x.pos) + int((x.pos > 0).sum()) for x in layouts)
+
+
+# ---------------------------------------------------------------------- what it is compared with
+
+class Plain:
+    """What the layouts, the cache and the batches replace, for half a batch of one problem."""
+
+    def __init__(self, bench):
+        self.bench, self.device = bench, bench.env.device
+        c, B = bench.args.chunk_size, -(-bench.args.batch_size // 2)
+        sum_id = bench.env.tokenizer.sum
+        row = bench.problems.order[len(bench.problems) // 2:][:1]  # of middle length
+        p = bench.problems.batch(row, row).problems[0]
+        self.one, self.many = copies(p, 1), copies(p, B)
+        self.enc = encoder_batch(self.many, c, sum_id).to(self.device)
+        self.seq = llm_batch(self.many, c).to(self.device)
+        self.chunks = chunk_tokens(self.many, c).to(self.device)               # (B, N, c)
+        shape = (*self.enc.summary_index.shape, bench.args.n_embd)
+        self.z = torch.randn(shape, device=self.device, requires_grad=True)    # (B, N, C)
+        # for each i the chain S₀ … S_i, and S_{i+1} or the answer in place of the answer
+        parts = [copies(Tokens(p.question, p.chain[:end], p.chain[end:end + c] or p.answer), B)
+                 for end in range(c, len(p.chain) + c, c)]
+        # X <bot> S₀ … S_i L, the chain as one chunk, and X <bot> z₀ … z_i S_{i+1}
+        whole = bench.args.block_size
+        self.encs = [encoder_batch(part, whole, sum_id).to(self.device) for part in parts]
+        self.seqs = [latent_batch(part, c).to(self.device) for part in parts]
+
+    def pairs(self):
+        """{name: (the fast way, the plain way)}: jobs that return the same."""
+        n, bench = len(self.seqs), self.bench
+        return {
+            "one_pass_summaries": (
+                lambda: self.bag(self.enc, self.chunks),
+                lambda: sum(self.bag(enc, self.chunks[:, i:i + 1], CAUSAL)
+                            for i, enc in enumerate(self.encs)) / n),
+            "one_pass_ltsum": (
+                lambda: self.sup(self.seq),
+                lambda: sum(self.sup(seq, CAUSAL) for seq in self.seqs) / n),
+            "cached_decoding": (
+                lambda: bench.decode(False, [self.many]),
+                lambda: self.uncached(self.many)),
+            "batched_decoding": (
+                lambda: bench.decode(True, [self.many]),
+                lambda: bench.decode(True, [self.one] * len(self.z)))}
+
+    def bag(self, enc, chunks, parts=Parts()):
+        """The bag loss of these chunks, in a pass of the encoder over a layout, and backward."""
+        n_ordinary = self.bench.env.tokenizer.n_ordinary
+        with self.bench.eager():
+            loss = bag_loss(self.bench.encoder, enc, chunks, n_ordinary, parts)
+        return self.backward(loss)
+
+    def sup(self, seq, parts=Parts()):
+        """The loss of what a layout predicts, in a pass of the LLM over it, and backward."""
+        llm = self.bench.llm
+        with self.bench.eager():
+            x = insert_latents(llm.wte(seq.ids), self.z, seq.latent)           # (B, T, C)
+            hidden = llm(x, seq.pos, parts.llm_mask(seq), index=seq.predict_index)
+            loss = weighted_nll(llm.head(hidden), seq.target, seq.loss_weight)
+        return self.backward(loss)
+
+    def backward(self, loss):
+        loss.backward()
+        for p in (self.z, *self.bench.llm.parameters(), *self.bench.encoder.parameters()):
+            p.grad = None
+        return loss.detach()
+
+    @torch.no_grad()
+    def uncached(self, batch):
+        """Explicit decoding of equally long problems that reads all anew for each token."""
+        llm, tokens = self.bench.llm, []
+        x, _, _ = question_prompt(llm, batch, self.device)                     # (B, T, C)
+        with self.bench.eager():
+            for _ in range(self.bench.caps(batch, latent=False)[1]):
+                last = torch.full((len(x), 1), x.size(1) - 1, device=self.device)
+                tokens.append(llm.head(llm(x, index=last))[:, 0].argmax(1))
+                x = torch.cat([x, llm.wte(tokens[-1])[:, None]], 1)
+        return torch.stack(tokens, 1).tolist()
+
+
+def copies(problem, B):
+    """A Batch of B times the same problem."""
+    lengths = tuple(np.array([len(tokens)]) for tokens in problem)
+    return Batch(np.zeros(B, np.int64), [problem] * B, lengths)
+
+
+class FusedAttention(Attention):
+    """Attention by torch's own function, to compare the handwritten one with in training."""
+
+    def forward(self, x, bias, cache, index):
+        B, T, C = x.shape
+        H, D = self.n_head, C // self.n_head
+        q, k, v = (y.view(B, T, H, D).transpose(1, 2) for y in self.c_attn(x).split(C, dim=2))
+        if index is not None:
+            q = gather_slots(q, index)                                         # (B, H, P, D)
+            bias = gather_slots(bias.expand(B, 1, T, -1), index)               # (B, 1, P, T)
+        y = F.scaled_dot_product_attention(q, k, v, bias.to(q.dtype))
+        return self.c_proj(y.transpose(1, 2).reshape(B, -1, C))                # (B, T or P, C)
+
+
+# -------------------------------------------------------------------------------------- the figures
+
+def measure_parts(bench, repeats):
+    """(FLOP/s of a large matrix product, {part: {figure: number}})."""
+    device, dtype = bench.env.device, getattr(torch, bench.args.dtype)
+    size = 8192 if device.type == "cuda" else 1536  # nothing larger is faster
+    square = torch.randn(size, size, device=device, dtype=dtype)
+    jobs, table = bench.jobs(), {}
+    data = {"data " + name: partial(bench.data_path, name) for name in TRAINING}
+    times = timed({"matmul": lambda: square @ square, **jobs, **data}, repeats, device)
+    for name, job in jobs.items():
+        flops, seconds = count_flops(job), statistics.median(times[name])
+        row = table[name] = {
+            "ms": 1e3 * seconds / PASSES,
+            "tokens_per_s": bench.tokens(name) / seconds,
+            "gflop": flops / PASSES / 1e9,
+            "of_matmul": quotient(times["matmul"], times[name]) * flops / (2 * size ** 3)}
+        if device.type == "cuda":
+            row["added_mib"] = added_memory(job, device)
+        if name in TRAINING:
+            row["data_ms"] = 1e3 * statistics.median(times["data " + name]) / PASSES
+            row["data_share"] = quotient(times["data " + name], times[name])
+    return 2 * size ** 3 / statistics.median(times["matmul"]), table
+
+
+def compare(bench, repeats):
+    """{name: time of the plain way over the fast one; of attention by hand over torch's}."""
+    plain, fused = Plain(bench), Bench(bench.args, bench.env, FusedAttention)
+    pairs = plain.pairs()
+    for name in TRAINING:
+        pairs["attention_" + name.replace(" ", "_")] = [partial(one.train, name, passes=2)
+                                                        for one in (fused, bench)]
+    jobs = {(name, way): job for name, pair in pairs.items() for way, job in enumerate(pair)}
+    times = timed(jobs, repeats, bench.env.device)
+    return {name: quotient(times[name, 1], times[name, 0]) for name in pairs}
+
+
+def print_parts(table):
+    columns = {"ms": ".2f", "tokens_per_s": ",.0f", "gflop": ".2f", "of_matmul": ".1%",
+               "added_mib": ",.0f", "data_ms": ".2f", "data_share": ".1%"}
+    columns = {key: style for key, style in columns.items() if key in table["sft"]}
+    print("\n" + " " * 18 + "".join(f"{key:>13}" for key in columns))
+    for name, row in table.items():
+        cells = [f"{row[key]:13{style}}" for key, style in columns.items() if key in row]
+        print(f"{name:18}" + "".join(cells))
+
+
+# --------------------------------------------------------------------------------------- the script
+
+def setup(out, argv=None):
+    """(args, env), as of the scripts, with the flags of the bench; out: a folder for its files."""
+    p = argparse.ArgumentParser(add_help=False, allow_abbrev=False, usage=argparse.SUPPRESS)
+    p.add_argument("--preset", choices=PRESETS, default="toy",
+                   help="sizes of model, batch and data (default: toy)")
+    p.add_argument("--tokens", type=int,
+                   help="ordinary tokens of the vocabulary (default: as many as the data has)")
+    p.add_argument("--json", type=Path, help="write all figures there, too")
+    p.add_argument("--quick", action="store_true", help="fewer repeats")
+    own, rest = p.parse_known_args(argv)
+    flags = flags_of("sup")
+    sizes = [f"--{flags[field].name}={flags[field].default[own.preset]}"
+             for field in ("batch_size", *SHAPE)]
+    args, env = lab.setup.setup(f"{__doc__}\n{p.format_help()}", "sup",
+                                [*sizes, *rest, "--data", "toy", "--out", str(out)])
+    if args.latents == "hidden":
+        raise UserError("--latents hidden: the bench times superpositions alone; leave it out")
+    return SimpleNamespace(**vars(args) | vars(own)), env
+
+
+def main(argv=None):
+    with tempfile.TemporaryDirectory() as out:
+        args, env = setup(out, argv)
+        repeats = 3 if args.quick else 7
+        machine = f"CPU, {torch.get_num_threads()} threads"
+        if env.device.type == "cuda":
+            machine = torch.cuda.get_device_name(env.device)
+        bench = Bench(args, env)
+        rate, parts = measure_parts(bench, repeats)
+        print(f"{machine}, torch {torch.__version__}; a matrix product of {args.dtype} runs at "
+              f"{rate / 1e9:.1f} GFLOP/s")
+        print_parts(parts)
+        ratios = compare(bench, repeats)
+        latent, explicit = (parts[f"{way} decoding"]["ms"] for way in ("latent", "explicit"))
+        ratios["latent_over_explicit"] = latent / explicit
+        print("\nratios", *(f"{name} {value:.2f}" for name, value in ratios.items()))
+        if args.json:
+            content = dict(machine=machine, settings=env.settings, matmul_gflops=rate / 1e9,
+                           parts=parts, ratios=ratios)
+            args.json.write_text(json.dumps(content, indent=1) + "\n", "utf-8")
+
+
+if __name__ == "__main__":
+    lab.setup.start(main)

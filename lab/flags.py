@@ -1,0 +1,225 @@
+"""Every flag of the four scripts, in one table, and what follows from it.
+
+`python train_sup.py --help` shows the flags of one script. A script first fills in what was not
+given: what phase 1 was made with, then the preset of the data.
+"""
+import argparse
+from pathlib import Path
+from typing import NamedTuple
+
+import toy
+from lab.files import UserError
+from lab.gpt2 import GPT2
+from lab.sources import EASY_LENGTH, EASY_NUMBER, EASY_STEPS
+
+SHAPE = ("n_layer", "n_head", "n_embd", "block_size")
+PROBLEMS = ("data", "cot", "easy", "renumber", "as_told", "seed")  # they decide what these are
+
+
+class Flag(NamedTuple):
+    name: str
+    scripts: str     # that have it, of sup, compress, latent and analyze
+    loops: str       # whose results depend on it, of sft, sup, latent, explicit and no_cot
+    kind: object     # the least value of a number, choices, or a type; bool: a switch
+    default: object  # or one by preset: {"toy": …, "gsm8k": …, "easy": …}
+    help: str
+
+
+ALL, LEARN = "sup compress latent analyze", "sft sup latent explicit no_cot"
+TEXT = "sft explicit no_cot"  # the loops of the warm-up and of the baselines
+
+
+def by_data(toy, gsm8k, easy):
+    return {"toy": toy, "gsm8k": gsm8k, "easy": easy}
+
+
+FLAGS = {
+    "data": [
+        Flag("data", "sup", LEARN, str, "toy", "toy, gsm8k, gsm8k-aug, a .jsonl file in GSM8K's "
+             "form, or a folder with train.jsonl and test.jsonl (default: toy)"),
+        Flag("data-dir", ALL, "", Path, None, "folder with the files of gsm8k or gsm8k-aug "
+             "(default: data/<name>; gsm8k is downloaded)"),
+        Flag("cot", "sup", LEARN, ("steps", "text"), "steps", "chain of thought: the calculator "
+             "steps (default) or the whole solution"),
+        Flag("easy", "sup", LEARN, 0, 0, "GSM8K: train on so many easy problems alone, of at most "
+             f"{EASY_STEPS} steps, {EASY_LENGTH} characters and whole numbers up to {EASY_NUMBER} "
+             "(default: 0 = all problems)"),
+        Flag("renumber", "sup", LEARN, 0, 0, "GSM8K: so many copies of each training problem with "
+             "other numbers (default: 0)"),
+        Flag("as-told", "sup", LEARN, 0.0, toy.AS_TOLD, "toy task: share of the chains that take "
+             "the free steps in the order of the question (default: 0.9; 0.167 = all six orders "
+             "alike)"),
+        Flag("batch-size", "sup compress latent", LEARN, 1, by_data(32, 16, 32),
+             "problems in a batch"),
+        Flag("batch-size", "analyze", "", 1, 128, "problems in a batch"),
+    ],
+    "model": [
+        Flag("chunk-size", "sup", "sup latent", 1, 2,
+             "c, tokens of the chain in one latent token (default: 2)"),
+        Flag("top-k", "sup", "sup", 0, 0, "entries of α in z, 0 = all (default: 0)"),
+        Flag("top-k", "compress", "", 0, None,
+             "entries of α in the store, 0 = all (default: phase 1's, or 50)"),
+        Flag("top-k", "analyze", "", 0, None,
+             "entries of q in z when decoding, 0 = all (default: as in the store)"),
+        Flag("init", "sup", TEXT, str, "scratch", "scratch (default), " + ", ".join(GPT2)
+             + ", or a checkpoint such as sft.pt"),
+        Flag("n-layer", "sup", LEARN, 1, by_data(3, 4, 3), "layers"),
+        Flag("n-head", "sup", LEARN, 1, by_data(8, 4, 8), "attention heads"),
+        Flag("n-embd", "sup", LEARN, 1, by_data(128, 256, 192), "channels"),
+        Flag("block-size", "sup", LEARN, 1, by_data(128, 384, 128), "positions"),
+    ],
+    "training": [
+        Flag("lr", "sup latent", LEARN, 0.0, by_data(4e-3, 1e-3, 4e-3), "peak learning rate"),
+        Flag("sft-steps", "sup", "", 0, by_data(500, 2000, 3200),
+             "updates of the explicit warm-up"),
+        Flag("steps", "sup", "", 0, by_data(400, 1000, 900), "updates of phase 1"),
+        Flag("steps", "latent", "", 0, by_data(250, 1000, 1000),
+             "updates (default: 250 for each token of a chunk on the toy task, else 1000)"),
+        Flag("eval-every", "sup latent", "", 1, by_data(200, 500, 400),
+             "updates between two evaluations, which also save"),
+        Flag("compile", "sup latent", "", argparse.BooleanOptionalAction, None,
+             "torch.compile the models' blocks in training (default: on cuda)"),
+    ],
+    "baselines": [
+        Flag("baselines", "sup", "", bool, False, "train what latent reasoning is compared with "
+             "instead: explicit.pt goes on from sft.pt, no_cot.pt answers at once, "
+             "X <bot> <eot> Ans"),
+        Flag("baseline-steps", "sup", "", 0, None, "updates of each baseline, those of sft.pt "
+             "included (default: as many as sft.pt, sup.pt and latent.pt in --out had)"),
+    ],
+    "ablations": [
+        Flag("bag", "sup", "sup", 0.0, 1.0, "bag-of-tokens loss on α: its weight λ, which falls to "
+             "a half of this (default: 1; 0 = off)"),
+        Flag("bag-steps", "sup", "sup", 0, by_data(60, 200, 100), "the first of --steps, in which "
+             "the encoder learns by that loss alone (default: a share of --steps)"),
+        Flag("follow", "sup", "sup", 0.0, 1.0, "weight of the text that is followed to the end "
+             "after one z of each problem (default: 1; 0 = ℓ_sup without such a text)"),
+        Flag("encoder-first", "sup", "sup", 0, 0, "the LLM stays frozen for so many updates after "
+             "--bag-steps, as in the released code (default: 0)"),
+        Flag("ltim", "sup", "sup", ("on", "off"), "on",
+             "off: a summary token sees the earlier ones"),
+        Flag("ltsum", "sup", "sup", ("on", "local", "off"), "on", "what a chunk sees. local: the "
+             "z before it and itself, as in the released code; off: all text before it as well"),
+        Flag("latents", "sup", "sup", ("superposition", "hidden"), "superposition", "hidden: z is "
+             "the encoder's last hidden state, and phase 3 learns it by regression"),
+        Flag("noise", "latent", "latent", 0.0, by_data(0.1, 1.0, 0.1), "scale of the Gumbel noise "
+             "(default: 1, as in the paper; on the toy task and with --easy 0.1; 0 = off)"),
+        Flag("start", "latent", "latent", ("sup", "sft"), "sup", "the LLM to start from: that of "
+             "phase 1 (default), or the warm-up, which has never read a latent"),
+    ],
+    "analysis": [
+        Flag("split", "analyze", "", ("test", "easy", "held-out", "renumbered"), "test",
+             "test (default); easy: those test problems that train_sup.py --easy would take; "
+             "held-out: training problems that are kept out whole; renumbered: the training "
+             "problems with numbers that training never had (GSM8K)"),
+        Flag("limit", "analyze", "", 1, None, "how many problems (default: all)"),
+        Flag("ask", "analyze", "", str, None,
+             "answer this question in latents and show each of them"),
+    ],
+    "run": [
+        Flag("out", ALL, "", Path, None, "folder to write to, and to find the earlier phases in "
+             "(default: out/<data>; after train_sup.py: out/toy)"),
+        Flag("seed", "sup", LEARN, 0, 0,
+             "of weights, toy problems, order of the data and noise (default: 0)"),
+        Flag("device", ALL, "", str, None,
+             "cpu, cuda, cuda:1, mps, … (default: cuda where there is one)"),
+        Flag("dtype", ALL, LEARN, ("float32", "bfloat16"), None, "of the models' matrix products "
+             "(default: bfloat16 on cuda, else float32; that is TF32 on cuda)"),
+        Flag("resume", "sup compress latent", "", bool, False,
+             "go on where an interrupted run stopped"),
+        Flag("overwrite", "sup compress latent", "", bool, False,
+             "start over, replacing what --out holds of this phase"),
+    ],
+}
+
+
+def flags_of(phase):
+    """{field: Flag} of a script."""
+    return {flag.name.replace("-", "_"): flag for group in FLAGS.values() for flag in group
+            if phase in flag.scripts.split()}
+
+
+def settings_of(loop, args):
+    """{field: value} of all that decides what a loop makes, but for how many updates it takes."""
+    flags = [flag for group in FLAGS.values() for flag in group if loop in flag.loops.split()]
+    fields = [flag.name.replace("-", "_") for flag in flags]
+    return {field: getattr(args, field) for field in fields}
+
+
+def parser(doc, phase):
+    """The flags of a script. What is not given is None, or False."""
+    p = argparse.ArgumentParser(description=doc, allow_abbrev=False,
+                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    for title, flags in FLAGS.items():
+        group = p.add_argument_group(title)
+        for flag in flags:
+            if phase in flag.scripts.split():
+                group.add_argument("--" + flag.name, help=flag.help, **how_to_read(flag.kind))
+    return p
+
+
+def how_to_read(kind):
+    if kind is bool:
+        return {"action": "store_true"}
+    if kind is argparse.BooleanOptionalAction:
+        return {"action": kind}
+    if isinstance(kind, tuple):
+        return {"choices": kind}
+    return {"type": type(kind) if isinstance(kind, (int, float)) else kind}
+
+
+def fill_in(args, phase, parent):
+    """Fill in what was not given, in place. parent: phase 1's checkpoint, None in phase 1.
+
+    Raises UserError for a value out of range, or flags that make no sense together.
+    """
+    flags = flags_of(phase)
+    for field, flag in flags.items():
+        require_in_range(flag, getattr(args, field))
+    inherited = parent["settings"] if parent else {}
+    for field, value in inherited.items():
+        if field not in flags or field == "data_dir" and args.data_dir is None:
+            setattr(args, field, value)
+    data = args.data or "toy"
+    preset = "toy" if data == "toy" else "easy" if args.easy else "gsm8k"
+    given = {field for field in flags if getattr(args, field) is not None}
+    for field, flag in flags.items():
+        if field not in given:
+            by_data = isinstance(flag.default, dict)
+            setattr(args, field, flag.default[preset] if by_data else flag.default)
+    if phase == "latent" and "steps" not in given:
+        args.steps *= args.chunk_size  # the more a latent token holds, the longer it takes
+    if phase == "sup":
+        if "bag_steps" not in given:
+            args.bag_steps = args.steps * args.bag_steps // flags["steps"].default[preset]
+        require_sense(args, given)
+
+
+def require_in_range(flag, value):
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        if not flag.kind <= value < 2 ** 63:
+            raise UserError(f"--{flag.name} {value}: must be a number from {flag.kind} up")
+
+
+def require_sense(args, given):
+    """Raises UserError for flags of phase 1 that contradict each other."""
+    if args.data == "toy" and (args.easy or args.renumber):
+        raise UserError("--easy and --renumber are for GSM8K; the toy task draws new problems "
+                        "already")
+    if args.as_told > 1:
+        raise UserError(f"--as-told {args.as_told}: must be a share, 0 to 1")
+    if args.init != "scratch" and given.intersection(SHAPE):
+        raise UserError(f"--init {args.init} has a shape of its own; leave out --n-layer, "
+                        "--n-head, --n-embd and --block-size")
+    if args.init in GPT2 and args.data == "toy":
+        raise UserError(f"--init {args.init} reads GPT-2's tokens, which the toy task does not "
+                        "have; add --data gsm8k")
+    if args.n_embd % args.n_head:
+        raise UserError(f"--n-embd {args.n_embd} must be a multiple of --n-head {args.n_head}")
+    if args.latents == "hidden" and args.top_k:
+        raise UserError(f"--top-k {args.top_k}: a hidden state has no entries to choose from; "
+                        "leave it out")
+    if args.bag and 0 < args.steps <= args.bag_steps:
+        raise UserError(f"--steps {args.steps}: the first --bag-steps {args.bag_steps} of them are "
+                        "for the encoder alone, so that nothing is left for the LLM; choose more "
+                        "of the former, or fewer of the latter")

@@ -1,0 +1,148 @@
+"""The set-up of a script: flags, device, precision, tokenizer; and how it starts and ends."""
+import contextlib
+import ctypes
+import platform
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+
+from data import Tokenizer
+from lab.ablations import parts_of
+from lab.files import UserError, load, lock
+from lab.flags import fill_in, flags_of, parser
+from lab.gpt2 import GPT2
+from lab.sources import load_problems
+from lab.vocabulary import vocabulary_texts
+
+
+def setup(doc, phase, argv=None):
+    """Parse the flags of a phase (sup, compress, latent, analyze) and fill them in: (args, env).
+
+    env  device, tokenizer, autocast (a context manager for a forward pass), parts (encoder.Parts),
+         parent (phase 1's checkpoint, None in phase 1), start (that of --init, or None), and what
+         goes into every file: settings and made_by
+    Raises UserError for a value that makes no sense, or an earlier phase that is missing.
+    """
+    args = parser(doc, phase).parse_args(argv)
+    data = Path(getattr(args, "data", None) or "toy").absolute().name.removesuffix(".jsonl")
+    args.out = args.out or Path("out", data)
+    init = getattr(args, "init", None) or "scratch"
+    start = None if init in ("scratch", *GPT2) else load(Path(init))
+    parent = None if phase == "sup" else load(args.out / "sup.pt")
+    fill_in(args, phase, parent)
+    device = choose_device(args)
+    choose_precision(args, device)
+    keep_freed_memory()
+    torch.manual_seed(args.seed)
+    settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()
+                if k not in ("out", "resume", "overwrite")}
+    own = {k: getattr(args, k) for k in flags_of(phase)}
+    print(phase, *(f"{k}={v}" for k, v in own.items() if v not in (None, False)))
+    bfloat16 = args.dtype == "bfloat16"
+    env = SimpleNamespace(
+        device=device, tokenizer=choose_tokenizer(args, parent or start), parts=parts_of(args),
+        autocast=lambda: torch.autocast(device.type, torch.bfloat16, bfloat16),
+        parent=parent, start=start, settings=settings, made_by=made_by(),
+        lock=None if phase == "analyze" else lock(args.out))
+    return args, env
+
+
+def keep_freed_memory():
+    """Let Linux's malloc reuse the memory of large tensors, as it does for those below 32 MB.
+
+    It would give each of them back to the system when it is freed, and have new pages filled with
+    zeros when the next one is made. With the attention scores of phase 1, (32, 8, 200, 200), an
+    update took 1.2 to 1.4 times as long (LAB.md). Other systems' malloc has no such setting.
+    """
+    with contextlib.suppress(OSError, AttributeError, TypeError):
+        malloc = ctypes.CDLL(None)
+        malloc.mallopt(-3, 2 ** 30)  # M_MMAP_THRESHOLD
+        malloc.mallopt(-1, 2 ** 31 - 1)  # M_TRIM_THRESHOLD
+
+
+def choose_device(args):
+    name = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device).tolist()
+    except (RuntimeError, AssertionError, NotImplementedError, ImportError) as error:
+        raise UserError(f"--device {name}: {str(error).splitlines()[0]}")
+    return device
+
+
+def choose_precision(args, device):
+    """bfloat16 and torch.compile on a GPU that has them; neither on a CPU."""
+    gpu = device.type == "cuda"
+    if args.dtype is None:
+        has_bfloat16 = gpu and torch.cuda.is_bf16_supported(including_emulation=False)
+        args.dtype = "bfloat16" if has_bfloat16 else "float32"
+    if "compile" in args and args.compile is None:
+        args.compile = gpu and find_spec("triton") is not None
+    torch.set_float32_matmul_precision("high")
+
+
+def choose_tokenizer(args, earlier):
+    """The toy task's; GPT-2's whole vocabulary for its weights, else what the training text needs.
+
+    earlier: the checkpoint that the run goes on from, or None. Raises UserError where it has read
+    other tokens.
+    """
+    used = earlier and earlier["made_of"]["tokenizer"]
+    if args.data == "toy":
+        tokenizer = Tokenizer("toy")
+    elif used == "gpt2" or args.init in GPT2:
+        tokenizer = Tokenizer("gpt2")
+    else:
+        train = load_problems(args.data, "train", args.data_dir, args.cot, args.seed,
+                              easy=args.easy)
+        tokenizer = Tokenizer("gpt2", vocabulary_texts(train))
+    if used not in (None, tokenizer.name):
+        raise UserError(f"{earlier['path']} reads other tokens ({used}) than the training text has "
+                        f"now ({tokenizer.name}); choose the data that it was made with")
+    return tokenizer
+
+
+def made_by():
+    """{commit, torch, python}: '-dirty' where files differ from the git commit, or 'unknown'."""
+    command = "git describe --always --dirty --abbrev=40 --exclude=*"
+    try:
+        done = subprocess.run(command.split(), cwd=Path(__file__).parent, check=True,
+                              capture_output=True, text=True)
+        commit = done.stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        commit = "unknown"
+    return {"commit": commit, "torch": str(torch.__version__), "python": platform.python_version()}
+
+
+def compile_blocks(models, args):
+    """torch.compile where --compile says so: of the blocks, which take most of a step's time.
+
+    A graph of a block serves all layers and all widths of the batches; one of the whole loss would
+    be made anew for each width.
+    """
+    if args.compile:
+        torch._dynamo.config.recompile_limit = 32  # of all models and loops of a process
+        for model in models:
+            for block in model.h:
+                block.compile(dynamic=True)
+
+
+def start(main):
+    """Run a script's main; what the system refuses (a folder, a disk, memory) is one sentence."""
+    sys.stdout.reconfigure(errors="replace")  # a terminal without α is no reason to stop
+    try:
+        main()
+    except KeyboardInterrupt:
+        raise SystemExit("stopped; what was saved is untouched, and the same command with --resume "
+                         "(in place of --overwrite) goes on from there")
+    except OSError as error:
+        raise UserError(f"{error.filename or 'the system'}: {error.strerror or error}")
+    except (MemoryError, RuntimeError) as error:
+        too_little = isinstance(error, (MemoryError, torch.OutOfMemoryError))
+        if not too_little and "allocate memory" not in str(error):  # as torch says it on a CPU
+            raise
+        raise UserError("there is not enough memory; choose a smaller --batch-size or model")
