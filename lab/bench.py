@@ -3,7 +3,7 @@
     python -m lab.bench                                # the toy task's sizes, on a GPU if any
     python -m lab.bench --preset gsm8k --json b.json   # the same as JSON, too
     python -m lab.bench --preset easy --tokens 50256   # with GPT-2's whole vocabulary
-    python -m lab.bench --quick                        # two minutes on one core: fewer repeats
+    python -m lab.bench --quick                        # three minutes on one core: fewer repeats
 
 Weights and tokens are random, the lengths are those of the data; nothing is downloaded and nothing
 trained. What is compared is timed in turn, and what is printed are medians. train_sup.py's flags

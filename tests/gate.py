@@ -110,10 +110,11 @@ def run(name, parent, commands, trees):
         else:
             out.mkdir(parents=True)
         processes[out] = start(tree, out, commands, SIZE)
-    said = {out: process.communicate()[0].decode() for out, process in processes.items()}
+    said = {out: process.communicate()[0] for out, process in processes.items()}
     for out, process in processes.items():
         if process.returncode:
-            raise SystemExit(f"{name}: status {process.returncode}, see {out}\n{said[out][-2000:]}")
+            last = said[out].decode(errors="replace")[-2000:]
+            raise SystemExit(f"{name}, {out.parent.name}: status {process.returncode}\n{last}")
         out.rename(out.with_name(name))
 
 

@@ -50,14 +50,19 @@ def finish(process, said, timeout=None):
         raise SystemExit(f"status {process.returncode}:\n{said.read()[-2000:]}")
 
 
-def killed(script, out, seconds, kills, rng):
-    """Run it with that many kills, each within a fifth of its time; if it ends before, all over."""
+def killed(script, out, seconds, kills, rng, expected):
+    """Run it to its end with so many kills, each within half of its time.
+
+    Where it ends before it was killed often enough, it begins anew with the folder as it was.
+    Raises SystemExit where after an end there is anything else than `expected`.
+    """
     again = "" if script == "analyze.py" else "--resume"
     fresh = shutil.copytree(out, f"{out}.fresh")
     while kills:
         process, said = begin(script, out, again)
         try:
-            finish(process, said, rng.uniform(0, seconds / 5))
+            finish(process, said, rng.uniform(0, seconds / 2))
+            require_same(script, expected, contents(out))
             shutil.rmtree(out)
             shutil.copytree(fresh, out)
         except subprocess.TimeoutExpired:
@@ -65,6 +70,7 @@ def killed(script, out, seconds, kills, rng):
             process.wait()
             kills -= 1
     finish(*begin(script, out, again))
+    require_same(script, expected, contents(out))
     shutil.rmtree(fresh)
 
 
@@ -86,6 +92,13 @@ def contents(folder):
     return {name: x for name, x in found.items() if not set(MAY_DIFFER) & set(name.split())}
 
 
+def require_same(script, expected, found):
+    names = [name for name in {**expected, **found}
+             if difference(expected.get(name, "nothing"), found.get(name, "nothing"))]
+    if names:
+        raise SystemExit(f"{script}, killed: these are not the same: {', '.join(names[:8])}")
+
+
 def main():
     p = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -102,16 +115,11 @@ def main():
             began = time.time()
             finish(process, said)
             seconds = time.time() - began
-            killed(script, cut, seconds, args.kills, rng)
-            expected, found = contents(whole), contents(cut)
-            differ = [name for name in {**expected, **found}
-                      if difference(expected.get(name), found.get(name))]
-            if differ:
-                raise SystemExit(f"{script}: after {args.kills} kills these are not the same: "
-                                 + ", ".join(differ[:8]))
+            expected = contents(whole)
+            killed(script, cut, seconds, args.kills, rng, expected)
             left = ", ".join(path.name for path in cut.rglob("*.part"))
             print(f"{script}: killed {args.kills} times in {seconds:.1f} s of work, "
-                  f"{len(found)} values the same" + (f"; left behind: {left}" if left else ""),
+                  f"{len(expected)} values the same" + (f"; left behind: {left}" if left else ""),
                   flush=True)
 
 

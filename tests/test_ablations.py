@@ -17,7 +17,7 @@ from conftest import VOCAB, close, random_batch, rows, tiny
 from decode import decode
 from encoder import (chunk_tokens, encoder_batch, induction_mask, latent_batch, llm_batch,
                      ordinary_softmax, summary_states)
-from lab.ablations import hidden_as_input, hidden_entries, hidden_latent, hidden_loss, parts_of
+from lab.ablations import hidden_as_input, hidden_entries, hidden_loss, parts_of
 from lab.files import UserError, build, load, weights_id
 from losses import bag_loss, sup_loss
 from test_encoder import embed, positions, read
@@ -63,14 +63,15 @@ def test_a_hidden_latent_is_the_hidden_state():
     batch = random_batch(CHAINS)
     enc = encoder_batch(batch, 2, VOCAB.sum)
     states = summary_states(encoder, enc)
-    alpha, z = hidden_latent(encoder, states, llm.wte.weight, VOCAB.n_ordinary)
+    hidden = parts(latents="hidden")
+    alpha, z = hidden.latent(encoder, states, llm.wte.weight, VOCAB.n_ordinary)
     assert torch.equal(z, states * llm.wte.weight.std())
     assert torch.equal(alpha, ordinary_softmax(encoder.head(states), VOCAB.n_ordinary))
     values, ids, mass = hidden_entries(states)
     assert torch.equal(values, states.float()) and ids.shape == values.shape and (mass == 1).all()
     encoder.requires_grad_()
     sup, _ = sup_loss(encoder, llm, enc, llm_batch(batch, 2), chunk_tokens(batch, 2),
-                      VOCAB.n_ordinary, parts=parts(latents="hidden"))
+                      VOCAB.n_ordinary, parts=hidden)
     sup.backward()
     assert all(p.grad is not None and p.grad.any() for p in encoder.h.parameters())
 

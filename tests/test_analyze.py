@@ -12,7 +12,7 @@ import analyze
 import data
 import toy
 from conftest import FEW, LATENT, pipeline, run_script
-from encoder import Parts, count_chunks
+from encoder import Parts, count_chunks, superpose_sparse
 from lab import probes, sources
 from lab.evaluate import gold_prompt
 from lab.probes import (Setting, decode_after_latents, decode_after_prefixes, decode_along_path,
@@ -40,7 +40,7 @@ def setting(toy_tokenizer):
     problems = data.Problems(list(toy.problems(1, 6, lambda question: True)), toy_tokenizer, 128)
     env = SimpleNamespace(tokenizer=toy_tokenizer, device=torch.device("cpu"), parts=Parts(),
                           autocast=contextlib.nullcontext)
-    return Setting(problems, 6, c=2, caps=(5, 8), encoder_top_k=3, top_k=0, batch_size=4, env=env)
+    return Setting(problems, 6, c=2, caps=(5, 8), encoder_top_k=3, top_k=3, batch_size=4, env=env)
 
 
 def texts(found):
@@ -48,6 +48,13 @@ def texts(found):
     written = [found["answers"][row][2] for row in range(6)]
     eot = data.Tokenizer("toy").eot
     return [tuple(ids[ids[:1] == [eot]:]) for ids in written]
+
+
+def z_of(latents, llm):
+    """z of the three largest entries recorded, that of the fixture `setting`."""
+    values = latents.values[:, :, :3]
+    return superpose_sparse(values / values.sum(2, keepdim=True), latents.ids[:, :, :3].long(),
+                            llm.wte.weight)
 
 
 def test_a_chain_forced_along_a_path_holds_its_tokens_alone(setting):
@@ -75,12 +82,12 @@ def test_a_model_given_its_own_chain_writes_what_it_wrote(setting):
     latents = record_latents(setting, llm)
     written = texts({"answers": latents.answers})
     assert latents.n.max() == 5 and len(set(written)) > 1
-    latents = latents._replace(z=latents.z.double())
+    torch.testing.assert_close(latents.z.double(), z_of(latents, llm), rtol=0, atol=1e-5)
     again = texts(decode_after_latents(setting, llm, latents.z, latents.n))
     # the <eot> that the model wrote itself was one of its 8 tokens
     assert all(a[:len(b)] == b for a, b in zip(again, written))
-    nothing = decode_after_latents(setting, llm, latents.z, 0 * latents.n, end_of_thought=False)
-    assert texts(nothing) == texts(decode_split(setting, llm))
+    _, found = decode_after_prefixes(setting, llm, latents, end_of_thought=False)
+    assert texts(found[0]) == texts(decode_split(setting, llm))
     ks, found = decode_after_prefixes(setting, llm, latents)
     cut = [texts(after) for after in found]
     assert ks == [0, 1, 2, 3, 4, 5]
@@ -92,6 +99,9 @@ def test_the_summaries_recorded_are_those_of_gold_prompts(setting):
     summaries = record_summaries(setting, llm, encoder)
     lengths = torch.from_numpy(setting.problems.s.length)
     assert summaries.n.tolist() == count_chunks(lengths, 2).tolist()
+    real = torch.arange(summaries.z.size(1)) < summaries.n[:, None]
+    torch.testing.assert_close(summaries.z.double()[real], z_of(summaries, llm)[real], rtol=0,
+                               atol=1e-5)
     prompt = partial(gold_prompt, llm=llm, encoder=encoder, env=setting.env, c=2, top_k=3)
     gold = texts(decode_split(setting, llm, prompt=prompt))
     assert texts(decode_after_latents(setting, llm, summaries.z, summaries.n)) == gold
@@ -233,8 +243,8 @@ def test_figures_are_rounded_and_flags_are_not(few, copy):
     run_script("analyze", "--out", copy, "--limit", 3, "--split", "held-out")
     report = json.loads((copy / "report-held-out.json").read_text())  # a report of its own
     assert report["problems"] == 3 and report["config"]["latent"]["settings"]["lr"] == 2.00001e-5
-    assert all(share * 1e4 == pytest.approx(round(share * 1e4))
-               for share in report["accuracy"].values())
+    assert all(round(x, 4) == x for interval in report["interval"].values() for x in interval)
+    assert analyze.rounded({"a": [1 / 3, float("nan"), float("inf")]}) == {"a": [.3333, None, None]}
     assert set(report["curves"]) == {"sft", "sup", "latent", "explicit", "no_cot"}
     assert not (copy / "report.json").exists()
 

@@ -1,7 +1,6 @@
 """What a user gets wrong: one clear sentence, exit status 1, no traceback, and nothing is lost."""
 import os
 import pickle
-import resource
 import shutil
 import subprocess
 import sys
@@ -117,7 +116,7 @@ def test_a_phase_before_its_time_or_once_more(copy, refused, gone, script, flags
     refused(script, "--out", copy, *flags, says=says)
 
 
-# ------------------------------------------------------------------------- what is of something else
+# ------------------------------------------------------------------------ what is of something else
 
 SUP, AGAIN = [*TINY, "--resume"], "; make it again with: python "
 
@@ -151,12 +150,19 @@ def test_files_of_two_runs_are_not_mixed(copy, other, refused, file, script, fla
     refused(script, "--out", copy, *flags, says=says)
 
 
-@pytest.mark.parametrize("made_of", ["start", "seed"])
-def test_a_baseline_of_another_run_is_not_compared_with(copy, refused, made_of):
-    edit(copy / "no_cot.pt", **{made_of: "another"})
-    refused("analyze", "--out", copy, says={
-        "start": "no_cot.pt started from other weights" + AGAIN + "train_sup.py --baselines",
-        "seed": "no_cot.pt was made with seed = another, here it is 0"}[made_of])
+@pytest.mark.parametrize("file, field, script, flags, says", [
+    ("sup.state.pt", "sft", "train_sup", SUP, "belongs to another sft than the one beside it"),
+    ("latent.state.pt", "latents", "train_latent", [*LATENT, "--resume"],
+     "belongs to another latents than"),
+    ("explicit.state.pt", "sft", "train_sup",
+     [*SUP, "--baselines", "--baseline-steps", 6], "belongs to another sft than"),
+    ("no_cot.pt", "start", "analyze", [],
+     "started from other weights" + AGAIN + "train_sup.py --baselines"),
+    ("no_cot.pt", "seed", "analyze", [], "was made with seed = another, here it is 0"),
+])
+def test_a_file_that_says_it_is_of_another_run(copy, refused, file, field, script, flags, says):
+    edit(copy / file, **{field: "another"})
+    refused(script, "--out", copy, *flags, says=f"{file} {says}")
 
 
 @pytest.mark.parametrize("script, flags, file", [
@@ -262,6 +268,7 @@ def test_a_fault_of_ours_is_not_hidden():
     ("train_sup", TINY), ("compress", []), ("train_latent", LATENT)])
 def test_a_full_disk_leaves_what_was_there(copy, few, script, flags):
     """While no file may be larger than 16 kB, which the system refuses as it does a full disk."""
+    resource = pytest.importorskip("resource")
     before = contents(copy)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (16384, hard))
@@ -301,6 +308,7 @@ def test_an_output_folder_that_cannot_be(tmp_path, refused):
 
 def test_another_process_in_the_folder(copy):
     """In a process of its own, as a user sees it."""
+    pytest.importorskip("fcntl")
     before, held = contents(copy), lock(copy)
     command = [sys.executable, "compress.py", "--overwrite", "--out", str(copy)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)

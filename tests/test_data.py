@@ -5,6 +5,7 @@ import io
 import itertools
 import json
 import re
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import numpy as np
@@ -14,7 +15,7 @@ import data
 import lab.sources
 import toy
 from conftest import ROOT, easy_file
-from data import Problems, Tokenizer, parse_gsm8k, read
+from data import Problems, parse_gsm8k
 from encoder import draw_followed, encoder_batch, llm_batch
 from lab.files import UserError
 from lab.numbers import to_number
@@ -229,12 +230,10 @@ def test_files_that_are_not_there_or_of_another_form(tmp_path):
     ("1,234", "1234"), ("1 1/2", "1 1/2"), ("2.5e-06", "2.5e-06"), ("-$3.50", "-$3.50"),
     ("18 dollars", "18 dollars"), ("1½", "1½"),
 ])
-def test_an_answer_of_one_number_is_kept_as_written(tmp_path, answer, kept):
+def test_an_answer_of_one_number_is_kept_as_written(answer, kept):
     """But for the commas; and it is the same number without them."""
-    line = {"question": "x", "answer": f"<<1+1=2>> #### {answer}"}
-    (tmp_path / "mine.jsonl").write_text(json.dumps(line))
-    problem, = read(tmp_path / "mine.jsonl", parse_gsm8k, "steps")
-    assert problem == {"question": "x", "chain": "<<1+1=2>>", "answer": kept}
+    line = json.dumps({"question": " x ", "answer": f"<<1+1=2>> #### {answer}"})
+    assert parse_gsm8k(line, "steps") == {"question": "x", "chain": "<<1+1=2>>", "answer": kept}
     assert to_number(kept) == to_number(answer) is not None
 
 
@@ -274,9 +273,9 @@ def easy_problem(question="Ida has 14 pens and buys 3 boxes of 6. How many has s
     (True, easy_problem()),
     (True, easy_problem(chain="In boxes: <<3*6=18>>18.\nSo it's <<14+18=32>>32.")),
     (False, easy_problem(question="Ida has 14 pens and buys 3 boxes of 6." + " Why?" * 40)),
-    (False, easy_problem(question="Ida has 14 pens and buys 3 boxes of 6.50 in year 1998.")),
-    (False, easy_problem(question="Ida has 14 pens and buys 3 boxes of 61.",
-                         chain="<<3*61=183>> <<14+183=197>>", answer="197")),
+    (False, easy_problem(question="Ida has 14 pens and buys 3 boxes of 6 in 1998.")),
+    (False, easy_problem(question="Ida has 14 pens and buys 3 boxes of 6.5.",
+                         chain="<<3*6.5=19.5>> <<14+19.5=33.5>>", answer="33.5")),
     (False, easy_problem(question="Ida has 14 pens and buys 3 boxes of 16.",
                          chain="<<3*16=48>> <<14+48=62>>", answer="62")),
     (False, easy_problem(chain="<<3*6=18>> <<3*6=18>> <<3*6=18>> <<3*6=18>> <<14+18=32>>")),
@@ -429,24 +428,20 @@ def test_what_is_too_long_is_dropped_and_counted(problems, toy_tokenizer):
 
 # ---------------------------------------------------------------------------------------- downloads
 
-class Broken(io.BytesIO):
-    """A connection that breaks off with this error."""
-
-    def __init__(self, error):
-        super().__init__()
-        self.error = error
-
-    def read(self, *_):
-        raise self.error
+def breaks_off(error):
+    """A connection of which nothing can be read."""
+    def read():
+        raise error
+    return nullcontext(SimpleNamespace(read=read))
 
 
-@pytest.mark.parametrize("arrives, says", [
-    (lambda: io.BytesIO(b"half of it"), "not GSM8K as published"),
-    (lambda: Broken(OSError("connection reset")), "its download failed .connection reset.; put"),
-    (lambda: Broken(http.client.IncompleteRead(b"half")), "its download failed .IncompleteRead"),
-])
-def test_a_download_that_is_not_whole_leaves_nothing(tmp_path, monkeypatch, arrives, says):
-    monkeypatch.setattr(data.urllib.request, "urlopen", lambda *_, **__: arrives())
+@pytest.mark.parametrize("connection, says", [
+    (io.BytesIO(b"half of it"), "not GSM8K as published"),
+    (breaks_off(OSError("connection reset")), "its download failed .connection reset.; put"),
+    (breaks_off(http.client.IncompleteRead(b"half")), "its download failed .IncompleteRead"),
+], ids=["half", "reset", "incomplete"])
+def test_a_download_that_is_not_whole_leaves_nothing(tmp_path, monkeypatch, connection, says):
+    monkeypatch.setattr(data.urllib.request, "urlopen", lambda *_, **__: connection)
     with pytest.raises(UserError, match=says):
         load_problems("gsm8k", "train", tmp_path)
     assert list(tmp_path.iterdir()) == []

@@ -206,8 +206,6 @@ def test_no_position_is_beyond_the_longest_problem(c):
         for seq in (encoder_batch(batch, c, VOCAB.sum), llm_batch(batch, c), latent_batch(batch, c),
                     explicit_batch(batch), *followed):
             assert 0 <= seq.pos.min() and seq.pos.max() < (x + n * c + a).max()
-            for index in (seq.predict_index, seq.summary_index):
-                assert ((0 <= index) & (index < seq.ids.size(1))).all()
             assert seq.ids.size(1) % 8 == 0
 
 

@@ -1,4 +1,5 @@
 """The table of flags: what follows from it, and that no run goes on with other settings."""
+import functools
 from types import SimpleNamespace
 
 import pytest
@@ -123,9 +124,14 @@ def test_a_later_script_has_no_flag_that_phase_1_decides(phase, capsys):
 DECIDES = {loop: [field(flag) for flag in TABLE if loop in flag.loops.split()] for loop in LOOPS}
 
 
+@functools.cache
+def settings_of(path):
+    return torch.load(path, weights_only=True)["settings"]
+
+
 def go_on(out, loop, **changes):
     """Resume a loop of a finished run with its own settings, but for these."""
-    settings = torch.load(out / f"{loop}.state.pt", weights_only=True)["settings"] | changes
+    settings = settings_of(out / f"{loop}.state.pt") | changes
     args = SimpleNamespace(**settings, out=out, resume=True, overwrite=False)
     env = SimpleNamespace(tokenizer=SimpleNamespace(name="toy"))
     Run(loop, args, env, models={}, optimizer=None, steps=settings["updates"], made_of={})
@@ -135,7 +141,7 @@ def go_on(out, loop, **changes):
     (loop, name) for loop in LOOPS for name in [*DECIDES[loop], "updates"]])
 def test_a_loop_does_not_go_on_with_another_setting(finished, loop, name):
     """For every flag that the table says it depends on."""
-    old = torch.load(finished / f"{loop}.state.pt", weights_only=True)["settings"][name]
+    old = settings_of(finished / f"{loop}.state.pt")[name]
     new = "another" if isinstance(old, str) else old + 1
     with pytest.raises(UserError, match=rf"{loop}\.state\.pt was made with {name} = {old}, here it "
                                         f"is {new}; choose another --out, or make it again"):
@@ -144,8 +150,7 @@ def test_a_loop_does_not_go_on_with_another_setting(finished, loop, name):
 
 @pytest.mark.parametrize("loop", LOOPS)
 def test_a_loop_goes_on_whatever_it_does_not_depend_on(finished, loop):
-    settings = torch.load(finished / f"{loop}.state.pt", weights_only=True)["settings"]
-    others = settings.keys() - {*DECIDES[loop], "updates"}
+    others = settings_of(finished / f"{loop}.state.pt").keys() - {*DECIDES[loop], "updates"}
     with pytest.raises(UserError, match="started from other weights"):  # here they are none at all
         go_on(finished, loop, **dict.fromkeys(others, "another"))
 

@@ -8,9 +8,10 @@ import torch
 
 import toy
 from encoder import pad
-from lab.metrics import (Latents, calculate, chain_shape, covered_spans, effective_paths,
-                         error_type, mean, measure_ecr, measure_parallelism, pad_paths,
-                         paths_of_next_problems, span_mass, span_shares, spans, token_mass, wilson)
+from lab.metrics import (Latents, calculate, chain_shape, count_errors, covered_spans,
+                         effective_paths, error_type, mean, measure_ecr, measure_parallelism,
+                         pad_paths, paths_of_next_problems, span_mass, span_shares, spans,
+                         token_mass, wilson)
 
 V = 40  # ids of the vocabulary here
 
@@ -251,6 +252,8 @@ QUESTION = "Of Ida's 14 pens 25% are red. She buys 3 boxes of 6, and loses half 
 ])
 def test_the_first_fault_of_a_chain(chain, why):
     assert error_type(QUESTION, "<eot>" + chain) == why
+    answers = {0: (chain, False, []), 1: (chain, True, [])}  # the second one is right
+    assert count_errors(2 * [{"question": QUESTION}], answers)[why] == 1
 
 
 @pytest.mark.parametrize("text", [

@@ -20,7 +20,7 @@ PENS = problem("Ida has 14 pens and buys 3 boxes of 6. How many pens has she?",
                "<<3*6=18>> <<14+18=32>>", "32")
 FIT = {
     "steps": PENS,
-    "text": dict(PENS, chain="In boxes: 3*6=<<3*6=18>>18.\nSo it's 14+18 = <<14+18=32>>32."),
+    "text": dict(PENS, chain="In a 4th box: 3*6=<<3*6=18>>18.\nSo it's 14+18 = <<14+18=32>>32."),
     "commas, decimals": problem(
         "A boat costs $1,250 and each of its 4 oars $17.50. What is it together?",
         "<<4*17.50=70>> <<1250+70=1320.00>>", "1320"),
@@ -109,8 +109,10 @@ def changed(question, chain, answer):
     ("40% of 30, 60%", "<<30*.4=12>> <<30*.6=18>> <<18-12=6>>", "6", {30}),  # the parts of a whole
     ("100% of 30, 40% of 15", "<<15*.4=6>> <<30+6=36>>", "36", {30, 40, 15}),
     ("14 pens, and 7 more in a week", "<<14+7=21>>", "21", {14}),
+    ("21 pens, 14 go in a week", "<<21-14=7>>7 pens", "7", {21, 14}),  # the last 7 is the result
     ("14 and 9 pens of 2 cents", "<<14*2=28>> <<9*2=18>> <<28+18=46>>", "46", {14, 9}),
-    ("Twice 14 a week, a dozen weeks", "<<14*2=28>> <<28*12=336>> <<336/7=48>>", "48", {14})])
+    ("14 pens, 56, and 9", "<<14*2=28>> <<56/28=2>> <<9+2=11>>", "11", {14, 56, 9}),
+    ("Twice 14, for a dozen weeks", "<<14*2=28>> <<28*12=336>> <<336/7=48>>", "48", {14})])
 def test_numbers_in_doubt_keep_their_values(question, chain, answer, numbers):
     assert changed(question, chain, answer) == numbers
 
@@ -132,8 +134,8 @@ def test_a_comparison_keeps_the_order_of_size():
 @pytest.mark.parametrize("text, after, expected", [
     ("14", " pens", range(7, 29)), ("100", " pens", range(50, 201, 10)), ("2", " pens", [2, 3, 4]),
     ("3,000", " pens", range(1500, 6001, 500)), ("20", "% of", range(10, 41, 5)),
-    ("60", "% of", range(30, 91, 10)), ("15", "% of", range(10, 31, 5)), ("5", " days", range(3, 8)),
-    ("10", " hours", range(5, 21)), ("15", "-hour", range(8, 25)),
+    ("60", "% of", range(30, 91, 10)), ("15", "% of", range(10, 31, 5)),
+    ("5", " days", range(3, 8)), ("10", " hours", range(5, 21)), ("15", "-hour", range(8, 25)),
     ("2.50", "", [Fraction(n, 2) for n in (3, 5, 7, 9)]),
     ("0.99", "", [Fraction(n, 100) for n in range(50, 199) if n != 100]),
     ("123,457", "", range(62934, 246915, 1234))])
