@@ -11,7 +11,7 @@
 Phase 1 adds two terms that the paper does not have:
 
               λ · 1/n Σ_i KL(bag(S_i) ‖ α_i)                                     bag_kl
-              the mean −log p of one text that is followed to the end            weighted_nll
+              the mean −log p of S_k … S_{n-1} <eot> Ans after z₀ … z_{k-1}      weighted_nll
 
 Each is a mean over a problem's tokens or latents, then over the batch. q is the LLM's next-token
 distribution, and q_i that at the slot before z_i; the letters of the shapes are those of model.py.
@@ -20,7 +20,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from encoder import Parts, insert_latents, ordinary_softmax, summary_states
+from encoder import chain_batch, insert_latents, sup_batch, supervision_mask
 
 
 def mean_over_latents(loss, n):
@@ -33,8 +33,8 @@ def weighted_nll(logits, target, weight):
     """Σ weight · −log p(target) in each row, mean over the batch.
 
     logits (B, P, V); target int64 (B, P); weight float32 (B, P), 0 at padding. The weights, a
-    layout's `loss_weight`, decide which loss it is: those of encoder.llm_layout give ℓ_sup and the
-    term of the followed text, those of latent_layout L_exp, those of explicit_layout the SFT loss.
+    layout's `loss_weight`, say what it is a mean over: with those of encoder.sup_layout over the
+    chunks, with those of chain_layout over the tokens.
     """
     logits = logits.flatten(0, 1).float()                                      # (B * P, V)
     nll = F.cross_entropy(logits, target.flatten(), reduction="none")          # (B * P,)
@@ -85,30 +85,34 @@ def latent_kl(p, ids, logits, n):
 
 # ----------------------------------------------------------------- the passes that they are made of
 
-def explicit_loss(llm, seq):
-    """SFT, one pass over X <bot> S <eot> Ans: the mean −log q of the tokens of S and Ans."""
-    hidden = llm(llm.wte(seq.ids), seq.pos, index=seq.predict_index)           # (B, P, C)
+def text_loss(llm, seq, z=None, mask=None):
+    """The mean −log p of the text of a Layout, its latents z (B, N, C) being read where they stand.
+
+    With the layout of sup_batch and the mask supervision_mask it is ℓ_sup. With that of chain_batch
+    and None, the causal mask, it is the loss of a continuation, and without latents that of SFT.
+    """
+    x = llm.wte(seq.ids)                                                       # (B, T, C)
+    if z is not None:
+        x = insert_latents(x, z, seq.latent)
+    hidden = llm(x, seq.pos, mask and mask(seq), index=seq.predict_index)      # (B, P, C)
     return weighted_nll(llm.head(hidden), seq.target, seq.loss_weight)
 
 
-def bag_loss(encoder, enc, chunks, n_ordinary, parts=Parts()):
-    """The encoder alone, one pass over the layout `enc`: KL(bag ‖ α). chunks int64 (B, N, c)."""
-    states = summary_states(encoder, enc, parts.encoder_mask)                  # (B, N, C)
-    return bag_kl(ordinary_softmax(encoder.head(states), n_ordinary), chunks, enc.n)
+def sup_losses(llm, z, batch, c, continued, k, mask=supervision_mask):
+    """Phase 1: (ℓ_sup of the problems that are not continued, the loss of those that are).
 
-
-def sup_loss(encoder, llm, enc, seq, chunks, n_ordinary, top_k=0, parts=Parts()):
-    """Phase 1: (ℓ_sup, with the term of the followed text if `seq` has one; the KL of bag_kl).
-
-    One pass of the encoder computes all summaries of the layout `enc`, one pass of the LLM all
-    continuations of the layout `seq`. chunks int64 (B, N, c), from encoder.chunk_tokens.
+    z (B, N, C) of a data.Batch; continued, k: which of its problems are, and after how many latents
+    each, from encoder.draw_continuations. Each is a mean over its own problems, or 0 without any.
     """
-    states = summary_states(encoder, enc, parts.encoder_mask)                  # (B, N, C)
-    alpha, z = parts.latent(encoder, states, llm.wte.weight, n_ordinary, top_k)
-    x = insert_latents(llm.wte(seq.ids), z, seq.latent)                        # (B, T, C)
-    hidden = llm(x, seq.pos, parts.llm_mask(seq), index=seq.predict_index)     # (B, P, C)
-    sup = weighted_nll(llm.head(hidden), seq.target, seq.loss_weight)
-    return sup, bag_kl(alpha, chunks, enc.n)
+    others = np.setdiff1d(np.arange(len(z)), continued)
+    sup = cont = z.new_zeros(())
+    if len(others):
+        seq = sup_batch(batch.some(others), c).to(z.device)
+        sup = text_loss(llm, seq, z[others], mask)
+    if len(continued):
+        seq = chain_batch(batch.some(continued), c, k).to(z.device)
+        cont = text_loss(llm, seq, z[continued])
+    return sup, cont
 
 
 def read_chain(llm, seq, z):

@@ -28,6 +28,7 @@ LOSS = ["drop", "lose", "sell", "use"]
 TOP = 20          # no value is larger: arithmetic is a small table, and the steps are what is hard
 CLAUSES = (1, 2)  # the fewest and the most after the sum
 AS_TOLD = 0.9
+FREE = 3          # steps that need nothing of each other, the first ones
 
 
 def free_step(rng, name, things, start):

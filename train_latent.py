@@ -10,7 +10,11 @@ the input and in the target, so that the model sees many chains around the store
 by latent decoding: it feeds itself latents until it predicts <eot>, then writes the answer.
 Next: analyze.py
 """
-from encoder import latent_batch, superpose_sparse
+import numpy as np
+import torch
+
+from decode import with_own_latents
+from encoder import draw_rows, latent_batch, superpose_sparse
 from lab.ablations import hidden_loss
 from lab.evaluate import evaluate
 from lab.files import Store, build, load
@@ -24,14 +28,13 @@ from losses import gumbel_noise, gumbel_perturb, latent_loss
 def train_latent(llm, store, train, val, args, env, **made_of):
     """Minimise L_auto = L_exp + L_lat; the score is the accuracy of latent decoding on `val`."""
     c, K = args.chunk_size, store.values.shape[1]
-    caps = train.caps(c)
-    train.make_buckets(chain_slots=1 / c)
+    caps = int(store.n.max()), train.caps(c)[1]
     compile_blocks([llm], args)
     optimizer = Optimizer([llm], args.lr)
     run = Run("latent", args, env, {"llm": llm}, optimizer, args.steps, made_of)
     for step in run:
-        batch = train.train_batch(step, args.batch_size, args.seed)
-        seq = latent_batch(batch, c).to(env.device)
+        batch = train.train_batch(step, args.batch_size, args.seed, chain_slots=1 / c)
+        seq = latent_batch(batch, c, store.n[batch.rows]).to(env.device)
         values, ids = store.read(batch.rows, seq.summary_index.size(1))        # (B, N, K)
         noise = gumbel_noise(args.seed, step, values.shape, args.noise).to(env.device)
         values, ids = values.to(env.device), ids.to(env.device)
@@ -41,6 +44,9 @@ def train_latent(llm, store, train, val, args, env, **made_of):
             else:
                 p = gumbel_perturb(values, noise)                              # (B, N, K)
                 z = superpose_sparse(p, ids, llm.wte.weight)                   # (B, N, C)
+                rng = np.random.default_rng([args.seed, step, 4])  # 4: apart from other draws
+                rows = torch.from_numpy(draw_rows(rng, len(z), args.on_policy))  # (b,)
+                z = with_own_latents(z, rows, llm, env.tokenizer, batch, c, K)
                 exp, lat = latent_loss(llm, seq, z, p, ids)
         loss = exp + lat
         loss.backward()
@@ -57,7 +63,8 @@ def main(argv=None):
     made_of = {"data": train.fingerprint, "sup": env.parent["id"]}
     latents = load(args.out / "latents", **made_of)
     store = Store(args.out / "latents")
-    env.settings.update(store_top_k=store.values.shape[1], caps=list(train.caps(args.chunk_size)))
+    env.settings.update(store_top_k=store.values.shape[1], paths=latents["settings"]["paths"],
+                        caps=[int(store.n.max()), train.caps(args.chunk_size)[1]])
     begin = env.parent
     if args.start == "sft":
         begin = load(args.out / "sft.pt", id=env.parent["made_of"]["sft"])

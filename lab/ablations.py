@@ -33,8 +33,8 @@ def open_induction_mask(layout):
 def local_supervision_mask(layout):
     """As in the released code: a chunk sees the z just before it and itself, not even X.
 
-    The latents, the answer and the text that is followed to the end, which begins with a chunk, see
-    what they see under `supervision_mask`. A Layout -> bool (B, T, T).
+    The latents and the answer see what they see under `supervision_mask`. A Layout -> bool
+    (B, T, T).
     """
     key, query = layout.segment[:, None, :], layout.segment[:, :, None]
     n = layout.latent.amax(1)[:, None, None]
@@ -44,14 +44,8 @@ def local_supervision_mask(layout):
 
 
 def open_supervision_mask(layout):
-    """No LTSuM. Causal, so that all text of earlier chunks is seen beside the latents.
-
-    Only the text that is followed to the end, which begins with a chunk, is still seen by itself
-    alone. A Layout -> bool (B, T, T).
-    """
-    key, query = layout.segment[:, None, :], layout.segment[:, :, None]
-    n = layout.latent.amax(1)[:, None, None]
-    return causal_mask(key.size(2), key.device) & ((key <= n) | (key == query))
+    """No LTSuM: None, the causal mask. All text of earlier chunks is seen beside the latents."""
+    return None
 
 
 # ------------------------------------------------------------------------------------ hidden states

@@ -3,7 +3,7 @@
     python -m lab.bench                                # the toy task's sizes, on a GPU if any
     python -m lab.bench --preset gsm8k --json b.json   # the same as JSON, too
     python -m lab.bench --preset easy --tokens 50256   # with GPT-2's whole vocabulary
-    python -m lab.bench --quick                        # two minutes on one core: fewer repeats
+    python -m lab.bench --quick                        # three minutes on one core: fewer repeats
 
 Weights and tokens are random, the lengths are those of the data; nothing is downloaded and nothing
 trained. What is compared is timed in turn, and what is printed are medians. train_sup.py's flags
@@ -34,14 +34,13 @@ from torch.utils.flop_counter import FlopCounterMode
 import lab.setup
 from data import Batch, Problems, Tokens
 from decode import decode, question_prompt
-from encoder import (Layout, Parts, chunk_tokens, count_chunks, draw_followed, encoder_batch,
-                     explicit_batch, insert_latents, latent_batch, llm_batch, ordinary_softmax,
-                     summary_states, superpose_sparse, top_k_renormalized)
+from encoder import (Parts, chain_batch, chunk_tokens, count_chunks, draw_continuations,
+                     encoder_batch, latent_batch, ordinary_softmax, summary_states, sup_batch,
+                     superpose_sparse, text_batch, top_k_renormalized)
 from lab.files import Store, StoreWriter, UserError
 from lab.flags import SHAPE, flags_of
 from lab.optim import Optimizer
-from losses import (bag_loss, explicit_loss, gumbel_noise, gumbel_perturb, latent_loss, sup_loss,
-                    weighted_nll)
+from losses import (bag_kl, gumbel_noise, gumbel_perturb, latent_loss, sup_losses, text_loss)
 from model import GPT, Attention, GPTConfig, gather_slots
 
 # as measured: ordinary tokens; tokens of a question and of a chain, their mean and spread
@@ -97,8 +96,8 @@ def stand_in(n_ordinary):
         return [int(word) for word in text.replace("#### ", "").split()]
 
     ids = dict(zip(("eos", "bot", "eot", "sum"), range(n_ordinary, n_ordinary + 4)))
-    return SimpleNamespace(encoding=SimpleNamespace(encode_ordinary=encode), **ids,
-                           n_ordinary=n_ordinary, n_vocab=-(-(n_ordinary + 4) // 64) * 64)
+    return SimpleNamespace(encode=encode, **ids, n_ordinary=n_ordinary,
+                           n_vocab=-(-(n_ordinary + 4) // 64) * 64)
 
 
 def some_problems(tokenizer, count, args, x, s):
@@ -121,7 +120,7 @@ def random_store(folder, problems, c, n_ordinary):
     writer = StoreWriter(folder, total, K)
     writer.values[:] = rng.dirichlet([0.1] * K, total)
     writer.ids[:] = rng.integers(0, n_ordinary, (total, K))
-    writer.finish(n.cumsum() - n, settings={}, made_of={}, made_by={})
+    writer.finish(n, n.cumsum() - n, settings={}, made_of={}, made_by={})
     return Store(folder)
 
 
@@ -151,49 +150,59 @@ class Bench:
     def draw_batches(self, name):
         """The batches of a phase's loop."""
         c = self.args.chunk_size
-        self.problems.make_buckets({"sft": 1, "phase 1": 1.5 + 1 / c, "phase 3": 1 / c}[name])
+        chain_slots = {"sft": 1, "phase 1": 1 + 1 / c, "phase 3": 1 / c}[name]
         for step in range(PASSES):
-            yield self.problems.train_batch(step, self.args.batch_size, 0)
+            yield self.problems.train_batch(step, self.args.batch_size, 0, chain_slots)
 
     def inputs(self, name, batch):
         """The data path: what the phase's loop makes of a batch."""
         c, tokenizer = self.args.chunk_size, self.env.tokenizer
         if name == "sft":
-            return (explicit_batch(batch),)
+            return (text_batch(batch),)
         if name == "phase 1":
-            follow = draw_followed(batch, c, seed=0, step=1)                   # (B,)
-            seq = llm_batch(batch, c, follow, self.args.follow)
-            return encoder_batch(batch, c, tokenizer.sum), seq, chunk_tokens(batch, c)
+            return encoder_batch(batch, c, tokenizer.sum), chunk_tokens(batch, c)
         if name == "compress":
             return (encoder_batch(batch, c, tokenizer.sum),)
-        seq = latent_batch(batch, c)
+        seq = latent_batch(batch, c, self.store.n[batch.rows])
         values, ids = self.store.read(batch.rows, seq.summary_index.size(1))   # (B, N, K)
         return seq, values, ids, gumbel_noise(0, 1, values.shape)
 
-    def loss(self, name, inputs):
-        """What the phase's loop makes of its inputs."""
-        inputs = [x.to(self.env.device) for x in inputs]
+    def loss(self, name, batch):
+        """What the phase's loop makes of a batch."""
+        inputs = [x.to(self.env.device) for x in self.inputs(name, batch)]
         with self.env.autocast():
             if name == "sft":
-                return explicit_loss(self.llm, *inputs)
+                return text_loss(self.llm, *inputs)
             if name == "phase 1":
-                return sum(sup_loss(self.encoder, self.llm, *inputs, self.env.tokenizer.n_ordinary,
-                                    self.args.top_k, self.env.parts))
+                return self.phase_1_loss(batch, *inputs)
             seq, values, ids, noise = inputs
             p = gumbel_perturb(values, noise)                                  # (B, N, K)
             z = superpose_sparse(p, ids, self.llm.wte.weight)                  # (B, N, C)
             return sum(latent_loss(self.llm, seq, z, p, ids))
 
+    def phase_1_loss(self, batch, enc, chunks):
+        c, parts = self.args.chunk_size, self.env.parts
+        states = summary_states(self.encoder, enc, parts.encoder_mask)         # (B, N, C)
+        alpha, z = parts.latent(self.encoder, states, self.llm.wte.weight,
+                                self.env.tokenizer.n_ordinary, self.args.top_k)
+        continued, k = draw_continuations(batch, c, self.args.continuation, 0.25, seed=0, step=1)
+        sup, cont = sup_losses(self.llm, z, batch, c, continued, k, parts.llm_mask)
+        return sup + cont + bag_kl(alpha, chunks, enc.n)
+
     # the jobs
 
     def train(self, name, passes=PASSES):
         for batch in self.batches[name][:passes]:
-            self.loss(name, self.inputs(name, batch)).backward()
+            self.loss(name, batch).backward()
             self.optimizers[name].step(1.0)
 
     def data_path(self, name):
         for batch in self.draw_batches(name):
             self.inputs(name, batch)
+            if name == "phase 1":  # sup_losses lays out a half of the batch in each way
+                half, c = len(batch.rows) // 2, self.args.chunk_size
+                sup_batch(batch.some(np.arange(half)), c)
+                chain_batch(batch.some(np.arange(half)), c, [0] * half)
 
     @contextlib.contextmanager
     def eager(self):
@@ -246,10 +255,11 @@ class Bench:
         if name.endswith("decoding"):
             latent = name.startswith("latent")
             return sum(len(batch.rows) * sum(self.caps(batch, latent)) for batch in batches)
-        layouts = [x for batch in batches for x in self.inputs(name, batch)
-                   if isinstance(x, Layout)]
-        # but for a row's first slot, only padding stands at 0
-        return sum(len(x.pos) + int((x.pos > 0).sum()) for x in layouts)
+        c = self.args.chunk_size
+        n = sum(count_chunks(len(p.chain), c) for batch in batches for p in batch.problems)
+        x, s, a = (sum(len(p[i]) for batch in batches for p in batch.problems) for i in range(3))
+        return {"sft": x + s + a, "compress": x + s + n, "phase 3": x + n + a,
+                "phase 1": 2 * (x + s + n) + a}[name]
 
 
 # ---------------------------------------------------------------------- what it is compared with
@@ -262,10 +272,10 @@ class Plain:
         c, B = bench.args.chunk_size, -(-bench.args.batch_size // 2)
         sum_id = bench.env.tokenizer.sum
         row = bench.problems.order[len(bench.problems) // 2:][:1]  # of middle length
-        p = bench.problems.batch(row, row).problems[0]
+        p = bench.problems.batch(row).problems[0]
         self.one, self.many = copies(p, 1), copies(p, B)
         self.enc = encoder_batch(self.many, c, sum_id).to(self.device)
-        self.seq = llm_batch(self.many, c).to(self.device)
+        self.seq = sup_batch(self.many, c).to(self.device)
         self.chunks = chunk_tokens(self.many, c).to(self.device)               # (B, N, c)
         shape = (*self.enc.summary_index.shape, bench.args.n_embd)
         self.z = torch.randn(shape, device=self.device, requires_grad=True)    # (B, N, C)
@@ -275,7 +285,8 @@ class Plain:
         # X <bot> S₀ … S_i L, the chain as one chunk, and X <bot> z₀ … z_i S_{i+1}
         whole = bench.args.block_size
         self.encs = [encoder_batch(part, whole, sum_id).to(self.device) for part in parts]
-        self.seqs = [latent_batch(part, c).to(self.device) for part in parts]
+        self.seqs = [latent_batch(part, c, [i + 1] * B).to(self.device)
+                     for i, part in enumerate(parts)]
 
     def pairs(self):
         """{name: (the fast way, the plain way)}: jobs that return the same."""
@@ -297,18 +308,16 @@ class Plain:
 
     def bag(self, enc, chunks, parts=Parts()):
         """The bag loss of these chunks, in a pass of the encoder over a layout, and backward."""
-        n_ordinary = self.bench.env.tokenizer.n_ordinary
+        encoder, n_ordinary = self.bench.encoder, self.bench.env.tokenizer.n_ordinary
         with self.bench.eager():
-            loss = bag_loss(self.bench.encoder, enc, chunks, n_ordinary, parts)
+            logits = encoder.head(summary_states(encoder, enc, parts.encoder_mask))
+            loss = bag_kl(ordinary_softmax(logits, n_ordinary), chunks, enc.n)
         return self.backward(loss)
 
     def sup(self, seq, parts=Parts()):
         """The loss of what a layout predicts, in a pass of the LLM over it, and backward."""
-        llm = self.bench.llm
         with self.bench.eager():
-            x = insert_latents(llm.wte(seq.ids), self.z, seq.latent)           # (B, T, C)
-            hidden = llm(x, seq.pos, parts.llm_mask(seq), index=seq.predict_index)
-            loss = weighted_nll(llm.head(hidden), seq.target, seq.loss_weight)
+            loss = text_loss(self.bench.llm, seq, self.z, parts.llm_mask)
         return self.backward(loss)
 
     def backward(self, loss):
@@ -332,8 +341,7 @@ class Plain:
 
 def copies(problem, B):
     """A Batch of B times the same problem."""
-    lengths = tuple(np.array([len(tokens)]) for tokens in problem)
-    return Batch(np.zeros(B, np.int64), [problem] * B, lengths)
+    return Batch(np.zeros(B, np.int64), [problem] * B)
 
 
 class FusedAttention(Attention):

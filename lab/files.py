@@ -174,12 +174,16 @@ class StoreWriter:
             np.lib.format.open_memmap(self.part / f"{name}.npy", "w+", dtype, shape)
             for name, dtype in (("values", np.float32), ("ids", np.int32)))
 
-    def finish(self, offsets, settings, made_of, made_by):
-        """Move it into its place. offsets int64 (problems,): where each problem's rows begin."""
+    def finish(self, n, offsets, settings, made_of, made_by):
+        """Move it into its place.
+
+        n, offsets int64 (problems,): each problem's latents, and where its rows begin.
+        """
         self.values.flush()
         self.ids.flush()
+        np.save(self.part / "n.npy", n)
         np.save(self.part / "offsets.npy", offsets)
-        arrays = {"values": self.values, "ids": self.ids, "offsets": offsets}
+        arrays = {"values": self.values, "ids": self.ids, "offsets": offsets, "n": n}
         write_json(self.part / "meta.json", {
             "version": VERSION, "settings": settings, "made_of": made_of, "made_by": made_by,
             "id": identity(arrays)})
@@ -191,9 +195,9 @@ class Store:
     """The α of phase 2 (see compress.py for its files), mapped into memory."""
 
     def __init__(self, folder):
-        self.values, self.ids, self.offsets = (
+        self.values, self.ids, self.offsets, self.n = (
             np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False)
-            for name in ("values", "ids", "offsets"))
+            for name in ("values", "ids", "offsets", "n"))
 
     def read(self, rows, N):
         """The α of these problems: values float32, ids int64, both (B, N, K).

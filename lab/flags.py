@@ -13,6 +13,7 @@ from lab.gpt2 import GPT2
 from lab.sources import EASY_LENGTH, EASY_NUMBER, EASY_STEPS
 
 SHAPE = ("n_layer", "n_head", "n_embd", "block_size")
+SHARES = ("as-told", "continuation", "on-policy")
 PROBLEMS = ("data", "cot", "easy", "renumber", "as_told", "seed")  # they decide what these are
 
 
@@ -63,6 +64,9 @@ FLAGS = {
              "entries of q in z when decoding, 0 = all (default: as in the store)"),
         Flag("init", "sup", TEXT, str, "scratch", "scratch (default), " + ", ".join(GPT2)
              + ", or a checkpoint such as sft.pt"),
+        Flag("paths", "compress", "", ("own", "all", "parallel"), "own", "own: α of each problem's "
+             "own chain (default); all: the mean over all its chains; parallel: and steps that "
+             "need none of each other's results share their place"),
         Flag("n-layer", "sup", LEARN, 1, by_data(3, 4, 3), "layers"),
         Flag("n-head", "sup", LEARN, 1, by_data(8, 4, 8), "attention heads"),
         Flag("n-embd", "sup", LEARN, 1, by_data(128, 256, 192), "channels"),
@@ -92,8 +96,8 @@ FLAGS = {
              "a half of this (default: 1; 0 = off)"),
         Flag("bag-steps", "sup", "sup", 0, by_data(60, 200, 100), "the first of --steps, in which "
              "the encoder learns by that loss alone (default: a share of --steps)"),
-        Flag("follow", "sup", "sup", 0.0, 1.0, "weight of the text that is followed to the end "
-             "after one z of each problem (default: 1; 0 = ℓ_sup without such a text)"),
+        Flag("continuation", "sup", "sup", 0.0, 0.5, "share of the problems of a batch in which the "
+             "LLM writes all the rest after some latents, beside those of ℓ_sup (default: 0.5)"),
         Flag("encoder-first", "sup", "sup", 0, 0, "the LLM stays frozen for so many updates after "
              "--bag-steps, as in the released code (default: 0)"),
         Flag("ltim", "sup", "sup", ("on", "off"), "on",
@@ -104,6 +108,8 @@ FLAGS = {
              "the encoder's last hidden state, and phase 3 learns it by regression"),
         Flag("noise", "latent", "latent", 0.0, by_data(0.1, 1.0, 0.1), "scale of the Gumbel noise "
              "(default: 1, as in the paper; on the toy task and with --easy 0.1; 0 = off)"),
+        Flag("on-policy", "latent", "latent", 0.0, 0.0, "share of the problems of a batch whose "
+             "input is the latents that the model thinks itself (default: 0)"),
         Flag("start", "latent", "latent", ("sup", "sft"), "sup", "the LLM to start from: that of "
              "phase 1 (default), or the warm-up, which has never read a latent"),
     ],
@@ -187,6 +193,9 @@ def fill_in(args, phase, parent):
         if field not in given:
             by_data = isinstance(flag.default, dict)
             setattr(args, field, flag.default[preset] if by_data else flag.default)
+    if "top_k" in given and args.latents == "hidden":
+        raise UserError(f"--top-k {args.top_k}: a hidden state has no entries to choose from; "
+                        "leave it out")
     if phase == "latent" and "steps" not in given:
         args.steps *= args.chunk_size  # the more a latent token holds, the longer it takes
     if phase == "sup":
@@ -199,6 +208,8 @@ def require_in_range(flag, value):
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         if not flag.kind <= value < 2 ** 63:
             raise UserError(f"--{flag.name} {value}: must be a number from {flag.kind} up")
+        if flag.name in SHARES and value > 1:
+            raise UserError(f"--{flag.name} {value}: must be a share, 0 to 1")
 
 
 def require_sense(args, given):
@@ -206,8 +217,6 @@ def require_sense(args, given):
     if args.data == "toy" and (args.easy or args.renumber):
         raise UserError("--easy and --renumber are for GSM8K; the toy task draws new problems "
                         "already")
-    if args.as_told > 1:
-        raise UserError(f"--as-told {args.as_told}: must be a share, 0 to 1")
     if args.init != "scratch" and given.intersection(SHAPE):
         raise UserError(f"--init {args.init} has a shape of its own; leave out --n-layer, "
                         "--n-head, --n-embd and --block-size")
@@ -216,9 +225,6 @@ def require_sense(args, given):
                         "have; add --data gsm8k")
     if args.n_embd % args.n_head:
         raise UserError(f"--n-embd {args.n_embd} must be a multiple of --n-head {args.n_head}")
-    if args.latents == "hidden" and args.top_k:
-        raise UserError(f"--top-k {args.top_k}: a hidden state has no entries to choose from; "
-                        "leave it out")
     if args.bag and 0 < args.steps <= args.bag_steps:
         raise UserError(f"--steps {args.steps}: the first --bag-steps {args.bag_steps} of them are "
                         "for the encoder alone, so that nothing is left for the LLM; choose more "

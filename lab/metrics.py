@@ -24,6 +24,7 @@ from lab.numbers import to_number
 from lab.renumber import ALWAYS, NUMBER, PERCENT, constants_of, is_arithmetic, value_of
 
 FLOOR = 1e-6      # the mass of a span at least, since its logarithm is taken
+HALVES = range(8)  # bins of the histogram of covered spans: 0 … 0.5, 0.5 … 1, … 4
 COVER = 0.03      # a span is covered where each of its tokens has as much of α
 PATH_TOP_K = 100  # entries of α that count for a path
 PATH_BATCH = 8    # problems whose paths are compared at once: α is made dense for it, (B, N, V)
@@ -206,6 +207,12 @@ def covered_spans(mass, path):
     return (count * differ).sum(1) / differ.sum(1)
 
 
+def most_covered(path):
+    """What covered_spans is where every span is covered: float (R,), NaN where none differ."""
+    count = distinct_spans(path).sum(1)                                # (R, N)
+    return (count * (count > 1)).sum(1) / (count > 1).sum(1)
+
+
 def span_mass(mass, path):
     """α's mass on each path's span, on tokens that no different span has at t: float (R, M, N).
 
@@ -274,7 +281,7 @@ def along_paths(measure, latents, rows, token_paths, c):
 
 
 def follow(mass, path, n):
-    return effective_paths(mass, path, n), covered_spans(mass, path)   # (R,) each
+    return covered_spans(mass, path), most_covered(path), effective_paths(mass, path, n)
 
 
 def by_order(mass, path, n):
@@ -287,27 +294,32 @@ def by_latent(x):
     return [mean(column) for column in x.T]
 
 
-def measure_parallelism(chains, paths, tokenizer, c, orders):
+def measure_parallelism(chains, paths, c, orders):
     """How many paths the chains of those problems follow that have two or more: a section.
 
-    None where fewer than two problems have them. chains {whose: Latents}; paths: for each problem
-    the texts of its known paths; orders: whether the m-th path is the same order of steps in all
-    problems, as in the toy task.
+    None where fewer than two problems have them. chains {whose: Latents}; paths {whose: for each
+    problem the tokens of its known paths}; orders: whether the m-th path is the same order of steps
+    in all problems, as in the toy task.
     """
-    rows = torch.tensor([r for r, known in enumerate(paths) if len(known) > 1])
+    count = torch.tensor([len(known) for known in paths["latent"]])
+    rows = (count > 1).nonzero()[:, 0]
     if len(rows) < 2:
         return None
-    own = [[tokenizer.encode(path) for path in paths[r]] for r in rows]
-    random = paths_of_next_problems(own)
-    count = torch.tensor([len(known) for known in own])
+    count = count[rows]
     section = {"problems": len(rows), "paths": mean(count), "orders": {} if orders else None}
     for whose, latents in chains.items():
+        own = [paths[whose][r] for r in rows]
         section[whose] = {}
-        for suffix, token_paths in (("", own), ("_random", random)):
-            n_eff, covered = along_paths(follow, latents, rows, token_paths, c)
-            section[whose] |= {f"n_eff{suffix}": mean(n_eff),
-                               f"above_1.7{suffix}": mean(n_eff > 1.7),
-                               f"covered{suffix}": mean(covered)}
+        for suffix, token_paths in (("", own), ("_random", paths_of_next_problems(own))):
+            covered, most, n_eff = along_paths(follow, latents, rows, token_paths, c)
+            section[whose] |= {f"covered{suffix}": mean(covered),
+                               f"covered_above_1.7{suffix}": mean(covered > 1.7),
+                               f"n_eff{suffix}": mean(n_eff),
+                               f"above_1.7{suffix}": mean(n_eff > 1.7)}
+            if not suffix:
+                section[whose]["covered_most"] = mean(most)
+                bins = torch.histc(covered[covered.isfinite()], len(HALVES), 0, len(HALVES) / 2)
+                section[whose]["covered_histogram"] = (bins / bins.sum()).tolist()
         if orders:
             mass, leading, effective = along_paths(by_order, latents, rows, own, c)
             section["orders"][whose] = {"mass": [by_latent(order) for order in mass.unbind(1)],

@@ -185,23 +185,23 @@ class Parser:
         return Slot(index, match[0])
 
     def chain_number(self, match):
-        """The Slot of a number in the chain, or None for 2nd or 8:30, which stay text.
+        """The Slot of a number in the chain, or None for 2nd or 8 pm, which stay text.
 
         Raises ValueError where the number comes from nowhere.
         """
         if NO_QUANTITY.match(match.string, match.end()):
             return None
-        value = value_of(match[0])
-        found = [index for index, known in enumerate(self.values) if known == value]
+        value, constants = value_of(match[0]), self.constants
+        found = [i for i, v in enumerate(self.values) if v == value and i != constants.get(v)]
         if len(found) == 1 and value not in self.brought:
             return Slot(found[0], match[0])
         if not found and value not in self.brought | ALWAYS:
             raise ValueError("a number that the question does not say")
         for index in found:
             self.pinned |= self.sources[index]
-        if value not in self.constants:
-            self.constants[value] = self.add(value)
-        return Slot(self.constants[value], match[0])
+        if value not in constants:
+            constants[value] = self.add(value)
+        return Slot(constants[value], match[0])
 
     def step(self, text):
         """The parts of a step '48/2=24'; the last is the Slot of its result, known from here on."""

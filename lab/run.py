@@ -142,7 +142,8 @@ class Run:
 
     def write(self, path, **content):
         settings = self.env.settings | {"updates": self.steps}
-        save(path, settings, self.made_of, self.env.made_by, self.models, step=self.step, **content)
+        save(path, settings, self.made_of, self.env.made_by, self.models, step=self.step,
+             vocabulary=self.env.tokenizer.vocabulary, **content)
 
     def best_model(self, name):
         """(the GPT that this run kept, the id of its file)."""

@@ -10,13 +10,12 @@ from types import SimpleNamespace
 
 import torch
 
-from data import Tokenizer
+from data import Tokenizer, tokens_in_use
 from lab.ablations import parts_of
 from lab.files import UserError, load, lock
 from lab.flags import fill_in, flags_of, parser
 from lab.gpt2 import GPT2
 from lab.sources import load_problems
-from lab.vocabulary import vocabulary_texts
 
 
 def setup(doc, phase, argv=None):
@@ -86,24 +85,21 @@ def choose_precision(args, device):
 
 
 def choose_tokenizer(args, earlier):
-    """The toy task's; GPT-2's whole vocabulary for its weights, else what the training text needs.
+    """That of the checkpoint `earlier`; else the toy task's, or GPT-2's, cut to what is in use.
 
-    earlier: the checkpoint that the run goes on from, or None. Raises UserError where it has read
-    other tokens.
+    GPT-2's own weights have all of it. Raises UserError where the checkpoint reads another task.
     """
-    used = earlier and earlier["made_of"]["tokenizer"]
+    if earlier:
+        tokenizer = Tokenizer(**earlier["vocabulary"])
+        if (args.data == "toy") != (earlier["vocabulary"]["name"] == "toy"):
+            raise UserError(f"{earlier['path']} reads other tokens than --data {args.data} has")
+        return tokenizer
     if args.data == "toy":
-        tokenizer = Tokenizer("toy")
-    elif used == "gpt2" or args.init in GPT2:
-        tokenizer = Tokenizer("gpt2")
-    else:
-        train = load_problems(args.data, "train", args.data_dir, args.cot, args.seed,
-                              easy=args.easy)
-        tokenizer = Tokenizer("gpt2", vocabulary_texts(train))
-    if used not in (None, tokenizer.name):
-        raise UserError(f"{earlier['path']} reads other tokens ({used}) than the training text has "
-                        f"now ({tokenizer.name}); choose the data that it was made with")
-    return tokenizer
+        return Tokenizer("toy")
+    if args.init in GPT2:
+        return Tokenizer("gpt2")
+    train = load_problems(args.data, "train", args.data_dir, args.cot, args.seed, easy=args.easy)
+    return Tokenizer("gpt2", tokens_in_use(train))
 
 
 def made_by():

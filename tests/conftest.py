@@ -65,7 +65,7 @@ def random_batch(lengths, seed=0, question_lengths=None):
         question = words(x[b] - 1) + [VOCAB.bot]
         answer = [VOCAB.eot] + words(a[b] - 2) + [VOCAB.eos]
         problems.append(Tokens(question, words(s[b]), answer))
-    return Batch(np.arange(B), problems, (x, s, a))
+    return Batch(np.arange(B), problems)
 
 
 def rows(batch, c):

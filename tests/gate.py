@@ -45,7 +45,7 @@ SUP = ("train_sup.py --n-layer 2 --n-head 2 --n-embd 32 --batch-size 8 --sft-ste
 COMPRESS = "compress.py --batch-size 16"
 LATENT = "train_latent.py --batch-size 8 --steps 8 --eval-every 4"
 ANALYZE = "analyze.py --batch-size 8 --limit 12"
-ABLATIONS = ["--bag 0", "--follow 0", "--encoder-first 3", "--ltim off", "--ltsum local",
+ABLATIONS = ["--bag 0", "--continuation 0", "--encoder-first 3", "--ltim off", "--ltsum local",
              "--ltsum off", "--latents hidden", "--top-k 3", "--chunk-size 4", "--as-told 0.167"]
 
 
@@ -110,10 +110,11 @@ def run(name, parent, commands, trees):
         else:
             out.mkdir(parents=True)
         processes[out] = start(tree, out, commands, SIZE)
-    said = {out: process.communicate()[0].decode() for out, process in processes.items()}
+    said = {out: process.communicate()[0] for out, process in processes.items()}
     for out, process in processes.items():
         if process.returncode:
-            raise SystemExit(f"{name}: status {process.returncode}, see {out}\n{said[out][-2000:]}")
+            last = said[out].decode(errors="replace")[-2000:]
+            raise SystemExit(f"{name}, {out.parent.name}: status {process.returncode}\n{last}")
         out.rename(out.with_name(name))
 
 

@@ -32,8 +32,8 @@ def test_both_kinds_of_attention_have_the_same_loss(small, tmp_path):
     for model, other in (mine.llm, fused.llm), (mine.encoder, fused.encoder):
         other.load_state_dict(model.state_dict())
     for name in bench.TRAINING:
-        inputs = mine.inputs(name, mine.batches[name][0])
-        losses = mine.loss(name, inputs), fused.loss(name, inputs)
+        batch = mine.batches[name][0]
+        losses = mine.loss(name, batch), fused.loss(name, batch)
         torch.testing.assert_close(*losses)
         for loss in losses:
             loss.backward()
