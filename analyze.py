@@ -18,11 +18,10 @@ continuation       {problems, i, accuracy, next_chunk}: z_0 … z_{i-1} are give
                    written as text; right answers, and problems in which S_i comes next, token for
                    token
 ecr                K; encoder, latent: {own, chance, maximum}: see measure_ecr
-parallelism        problems, paths (mean number); encoder, latent: {n_eff, above_1.7, covered, and
-                   each with _random}: see effective_paths, covered_spans; orders (toy task):
-                   encoder, latent: {mass [order][position], leading, effective [position]}: α on
-                   the span of the m-th order of the free steps, the largest span's share of it,
-                   and among how many spans it is shared: see span_mass, span_shares
+parallelism        problems, paths (mean number); encoder, latent: {covered, covered_most,
+                   covered_random, above_1.7 (share of the problems), n_eff, n_eff_random,
+                   histogram (shares of 0 … 0.5, 0.5 … 1, … covered), by_latent, most_by_latent}:
+                   see covered_spans, effective_paths; random: with another problem's paths
 collapse           accuracy, interval of {own, top 1, top c, first path, last path}: the latent
                    model thinks in its own z, or in z of q's largest entries or of one path's
                    tokens alone; null for hidden latents, which have no such entries
@@ -31,6 +30,8 @@ shape              token_norm {low, mean, high}, of the ordinary tokens' embeddi
                    encoder, latent: {count, entropy, top1, norm, cosine}: see chain_shape
 
 `encoder`: what phase 1's encoder makes of the true chain; `latent`: what the latent model thinks.
+With compress.py --paths parallel, a chunk or a path of `latent` is what is left of it where the
+latents of parallel steps are left out.
 The functions named are in lab/metrics.py.
 """
 import json
@@ -40,19 +41,20 @@ import numpy as np
 import torch
 
 from data import Problems
-from encoder import chunk_tokens, count_chunks, split_chunks
+from encoder import count_chunks, pad, split_chunks
 from lab.evaluate import gold_prompt
 from lab.files import UserError, build, load, write, write_json
 from lab.flags import PROBLEMS
 from lab.metrics import (count_errors, mean, measure_ecr, measure_parallelism, measure_shape,
                          wilson)
 from lab.numbers import to_number
+from lab.paths import chain_of_latents
 from lab.probes import (FEW, RECORDED, Setting, decode_after_latents, decode_after_prefixes,
                         decode_along_path, decode_split, record_latents, record_summaries)
 from lab.report import FIGURES, LABELS, heaviest_tokens, page, pictures
 from lab.run import read_curves
 from lab.setup import setup, start
-from lab.sources import known_paths, splits
+from lab.sources import known_paths, published_solutions, splits
 
 WAYS = {  # of thinking, and the file whose LLM does it
     "warm_up": "sft",
@@ -99,31 +101,44 @@ def make_setting(args, env, latent, problems, R, batch_size):
         batch_size=batch_size, env=env)
 
 
+def stood_for(problems, known, how, tokenizer, c):
+    """What the latents of each problem stand for: its chain's chunks, and its known paths' tokens.
+
+    known: for each problem the texts of its paths; how: --paths of compress.py. Returns
+    (int64 (R, chunks, c), for each problem a list of lists of ids).
+    """
+    own, paths = [], []
+    for problem, chains in zip(problems, known):
+        own.append(chain_of_latents(problem, problem["chain"], tokenizer, c, how))
+        paths.append([chain_of_latents(problem, text, tokenizer, c, how) for text in chains])
+    N = max(1, max(count_chunks(len(tokens), c) for tokens in own))
+    return pad(own, N * c, value=-1).view(-1, N, c), paths
+
+
 # ---------------------------------------------------------------------------------------- measure
 
-def measure(setting, llms, encoder, paths, seed):
-    """(report.json's sections, {whose: Latents}, the true chains' chunks int64 (R, chunks, c)).
+def measure(setting, llms, encoder, paths, chunks, seed):
+    """(report.json's sections, {whose: Latents}).
 
-    llms {file: GPT}; paths: for each problem the texts of its known paths.
+    llms {file: GPT}; paths {whose: for each problem the tokens of its known paths}; chunks {whose:
+    the chunks that the latents stand for, int64 (R, chunks, c)}.
     """
     R, c, tokenizer = setting.R, setting.c, setting.env.tokenizer
-    llm, rows = llms["latent"], np.arange(R)
+    llm = llms["latent"]
     report = measure_ways(setting, llms, encoder)
     chains = {"encoder": record_summaries(setting, llms["sup"], encoder),
               "latent": record_latents(setting, llm)}
-    chunks = chunk_tokens(setting.problems.batch(rows, rows), c)  # (R, chunks, c)
     ks = sorted({*KS, c})
     report |= {
         "problems": R,
         "controls": measure_controls(setting, llm, chains["latent"], seed),
-        "collapse": measure_collapse(setting, llm, chains["latent"], paths),
+        "collapse": measure_collapse(setting, llm, chains["latent"], paths["latent"]),
         "continuation": measure_continuation(setting, llms["sup"], chains["encoder"]),
-        "ecr": {whose: measure_ecr(x.ids, x.n, chunks, ks) for whose, x in chains.items()},
-        "parallelism": measure_parallelism(chains, paths, tokenizer, c,
-                                           orders="paths" in setting.problems.problems[0]),
+        "ecr": {whose: measure_ecr(x.ids, x.n, chunks[whose], ks) for whose, x in chains.items()},
+        "parallelism": measure_parallelism(chains, paths, c),
         "shape": measure_shape(chains, llm.wte.weight.detach()[:tokenizer.n_ordinary].cpu())}
     report["ecr"]["K"] = ks
-    return report, chains, chunks
+    return report, chains
 
 
 def measure_ways(setting, llms, encoder):
@@ -183,7 +198,7 @@ def measure_controls(setting, llm, latents, seed):
 def measure_collapse(setting, llm, latents, paths):
     """The accuracy of the latent model when each z, as it is fed back, holds less than its own q.
 
-    latents: its own chains, with their answers; paths: for each problem the texts of its known
+    latents: its own chains, with their answers; paths: for each problem the tokens of its known
     paths; a chain is forced along the first or last. None for hidden latents.
     """
     if setting.env.settings["latents"] == "hidden":
@@ -193,8 +208,7 @@ def measure_collapse(setting, llm, latents, paths):
     for name, k in (("top 1", 1), ("top c", setting.c)):
         accuracy[name] = decode_split(setting, llm, c=setting.c, top_k=k)["accuracy"]
     for name, m in (("first path", 0), ("last path", -1)):
-        texts = [known[m] if known else "" for known in paths]
-        tokens = [setting.env.tokenizer.encode(text) for text in texts]
+        tokens = [known[m] if known else [] for known in paths]
         accuracy[name] = decode_along_path(setting, llm, tokens)["accuracy"]
     return with_intervals(accuracy, setting.R)
 
@@ -277,11 +291,16 @@ def main(argv=None):
     encoder = build(env.parent, "encoder", env.device)
     R = min(len(test), args.limit or len(test))
     problems = test.problems[:R]
-    paths = known_paths(problems, args.data, args.data_dir, args.cot)
+    known = known_paths(problems, published_solutions(args))
+    setting = make_setting(args, env, saved["latent"], test, R, args.batch_size)
+    how = {"encoder": "own", "latent": saved["latent"]["settings"]["paths"]}
+    chunks, paths = {}, {}
+    for whose in how:
+        chunks[whose], paths[whose] = stood_for(problems, known, how[whose], env.tokenizer,
+                                                args.chunk_size)
 
     # measure
-    setting = make_setting(args, env, saved["latent"], test, R, args.batch_size)
-    report, chains, chunks = measure(setting, llms, encoder, paths, args.seed)
+    report, chains = measure(setting, llms, encoder, paths, chunks, args.seed)
     report["curves"] = read_curves(args.out)
 
     # write

@@ -1,31 +1,36 @@
 """Phase 2: turn every chain of thought of the training set into its α, once, and store them.
 
-    python compress.py
+    python compress.py                    # each problem's own chain
+    python compress.py --paths all        # the mean over all its chains
+    python compress.py --paths parallel   # the same, and parallel steps share their place
 
 The encoder of phase 1 reads the training set. Of each α_i the K largest entries are kept and scaled
 to sum to 1. The folder latents in --out then holds arrays that phase 3 maps into memory:
 
     values.npy   float32 (latents, K)   the K largest entries of each α, in falling order
     ids.npy      int32 (latents, K)     the token id of each entry
-    offsets.npy  int64 (problems,)      where the rows of each problem begin; equal problems, as
-                                        --renumber makes them, share theirs
+    n.npy        int64 (problems,)      how many latents each problem has
+    offsets.npy  int64 (problems,)      where its rows begin; equal problems, as --renumber makes
+                                        them, share theirs
     meta.json    what they were made with and made of
 
-They are written in a folder beside it, which is moved there when it is whole. At the end the
-effective compression rate (ECR) is printed: how many tokens of its chunk are among the largest
-entries of an α. Next: train_latent.py
+They are written in a folder beside it, which is moved there when it is whole. At the end,
+for own chains, the effective compression rate (ECR) is printed: how many tokens of its chunk are
+among the largest entries of an α. Next: train_latent.py
 """
 import numpy as np
 import torch
 from tqdm import tqdm
 
-from encoder import (chunk_tokens, count_chunks, encoder_batch, ordinary_softmax, summary_states,
-                     top_k_renormalized)
+from data import Batch
+from encoder import (chunk_tokens, count_chunks, encoder_batch, ordinary_softmax, pad,
+                     summary_states, top_k_renormalized)
 from lab.ablations import hidden_entries
-from lab.files import Store, StoreWriter, UserError, build, load
+from lab.files import Store, StoreWriter, UserError, build, load, require
 from lab.metrics import measure_ecr
+from lab.paths import left_out, orders, with_same_places
 from lab.setup import setup, start
-from lab.sources import splits
+from lab.sources import known_paths, splits
 
 SAMPLE = 1000  # problems of which the ECR is measured
 
@@ -38,9 +43,6 @@ def choose_top_k(args, env):
     phase1 = env.parent["settings"]["top_k"]
     K = args.top_k if args.top_k is not None else phase1 or 50
     if args.latents == "hidden":
-        if args.top_k is not None:
-            raise UserError(f"--top-k {K}: a hidden state has no entries to choose from; leave it "
-                            "out")
         return args.n_embd  # it is kept whole, a channel an entry
     if phase1 not in (0, K):
         raise UserError(f"--top-k {K} contradicts {args.out}/sup.pt, whose z were made with "
@@ -48,43 +50,85 @@ def choose_top_k(args, env):
     return min(K or env.tokenizer.n_ordinary, env.tokenizer.n_ordinary)
 
 
+def choose_chains(train, args, tokenizer):
+    """For each problem the chains that its α is the mean of, lists of ids, its own first.
+
+    With --paths all those that are known and have their tokens and step ends in the same places.
+    """
+    own = [train.s[row] for row in range(len(train))]
+    if args.paths == "own":
+        return [[chain] for chain in own]
+    known = known_paths(train.problems)
+    chains = []
+    for row, problem in enumerate(train.problems):
+        texts = dict.fromkeys([*known[row], *orders(problem)])
+        found = [own[row], *(tokenizer.encode(text) for text in texts if text != problem["chain"])]
+        chains.append(with_same_places(found, tokenizer))
+    print(f"{sum(map(len, chains)) / len(chains):.2f} chains a problem")
+    return chains
+
+
+def mean_alpha(encoder, batch, chains, c, env):
+    """α of each problem, the mean over its chains: float32 (B, N, n_ordinary).
+
+    chains: for each of them lists of ids, as many in each as in its own.
+    """
+    for m in range(max(map(len, chains))):
+        rows = [row for row, known in enumerate(chains) if len(known) > m]
+        problems = [batch.problems[row]._replace(chain=chains[row][m]) for row in rows]
+        enc = encoder_batch(Batch(batch.rows[rows], problems), c, env.tokenizer.sum).to(env.device)
+        hidden = summary_states(encoder, enc, env.parts.encoder_mask)          # (b, N, C)
+        alpha = ordinary_softmax(encoder.head(hidden), env.tokenizer.n_ordinary)
+        share = alpha.new_tensor([1 / len(chains[row]) for row in rows])       # (b,)
+        if m == 0:  # every problem has a chain of its own: `rows` are all
+            total = torch.zeros_like(alpha)
+        total[rows, :alpha.size(1)] += share[:, None, None] * alpha
+    return total
+
+
 @torch.no_grad()
 def compress(encoder, train, K, args, env):
     """Write α of every chunk of `train` to a new store; returns (its latents, their mass kept)."""
-    c, tokenizer, mass = args.chunk_size, env.tokenizer, 0.0
-    first = train.first_equal()                                                # (R,)
+    c, mass = args.chunk_size, 0.0
+    chains = choose_chains(train, args, env.tokenizer)
+    n = count_chunks(train.s.length, c)                                        # (R,)
+    kept = [np.ones(k, dtype=bool) for k in n]  # the latents of each problem that have a place
+    if args.paths == "parallel":
+        kept = [~left_out(problem, train.s[row], env.tokenizer, c)
+                for row, problem in enumerate(train.problems)]
+        n = np.array([k.sum() for k in kept])
+    first = train.first_equal()  # (R,) of equal problems the first, which alone has rows
     is_first = first == np.arange(len(train))                                  # (R,)
-    n = count_chunks(train.s.length, c) * is_first                             # (R,)
-    offsets = (n.cumsum() - n)[first]                                          # (R,)
-    store = StoreWriter(args.out / "latents", int(n.sum()), K)
+    before = (n * is_first).cumsum() - n * is_first  # (R,) rows of the problems before each
+    offsets = before[first]                                                    # (R,)
+    store = StoreWriter(args.out / "latents", int(n[is_first].sum()), K)
     rows = train.order[is_first[train.order]]  # the shortest first
-    batches = [rows[i:i + args.batch_size] for i in range(0, len(rows), args.batch_size)]
-    for rows in tqdm(batches, "compress"):
-        enc = encoder_batch(train.batch(rows, rows), c, tokenizer.sum).to(env.device)
+    for i in tqdm(range(0, len(rows), args.batch_size), "compress"):
+        batch = train.batch(rows[i:i + args.batch_size])
         with env.autocast():
-            hidden = summary_states(encoder, enc, env.parts.encoder_mask)      # (B, N, C)
             if args.latents == "hidden":
-                values, ids, kept = hidden_entries(hidden)
+                enc = encoder_batch(batch, c, env.tokenizer.sum).to(env.device)
+                entries = hidden_entries(summary_states(encoder, enc, env.parts.encoder_mask))
             else:
-                alpha = ordinary_softmax(encoder.head(hidden), tokenizer.n_ordinary)
-                values, ids, kept = top_k_renormalized(alpha, K)               # (B, N, K)
-        index = np.arange(values.size(1))                                      # (N,)
-        real = index < enc.n.cpu().numpy()[:, None]                            # (B, N)
-        index = (offsets[rows][:, None] + index)[real]
-        store.values[index] = values.cpu().numpy()[real]
-        store.ids[index] = ids.cpu().numpy()[real]
-        mass += float(kept.cpu()[torch.from_numpy(real)].sum())
+                alpha = mean_alpha(encoder, batch, [chains[row] for row in batch.rows], c, env)
+                entries = top_k_renormalized(alpha, K)                         # (B, N, K)
+        values, ids, held = (tensor.cpu().numpy() for tensor in entries)
+        real = pad([kept[row] for row in batch.rows], values.shape[1], dtype=bool).numpy()  # (B, N)
+        index = np.concatenate([offsets[row] + np.arange(n[row]) for row in batch.rows])
+        store.values[index], store.ids[index] = values[real], ids[real]
+        mass += float(held[real].sum())
     made_of = {"data": train.fingerprint, "sup": env.parent["id"]}
-    store.finish(offsets, env.settings, made_of, env.made_by)
-    return int(n.sum()), mass
+    store.finish(n, offsets, env.settings, made_of, env.made_by)
+    return int(n[is_first].sum()), mass
 
 
 def report_ecr(train, folder, c):
     """Print the ECR at K = c: how many of a chunk's tokens are among the top c of its α."""
     rows = np.arange(min(SAMPLE, len(train)))
-    chunks = chunk_tokens(train.batch(rows, rows), c)                     # (R, N, c)
-    n = torch.from_numpy(count_chunks(train.s.length[rows], c))           # (R,)
-    _, ids = Store(folder).read(rows, chunks.size(1))                     # (R, N, K)
+    chunks = chunk_tokens(train.batch(rows), c)                     # (R, N, c)
+    store = Store(folder)
+    _, ids = store.read(rows, chunks.size(1))                             # (R, N, K)
+    n = torch.from_numpy(store.n[rows])                                   # (R,)
     rate = measure_ecr(ids, n, chunks, [c])
     print(f"of a chunk's {c} tokens, {rate['own'][0]:.2f} are among the top {c} of its α; "
           f"{rate['chance'][0]:.2f} of another problem's; {rate['maximum'][0]:.2f} is the most "
@@ -94,12 +138,13 @@ def report_ecr(train, folder, c):
 def main(argv=None):
     args, env = setup(__doc__, "compress", argv)
     train, = splits(args, env, ["train"])
-    load(args.out / "sup.pt", data=train.fingerprint)
+    require(env.parent, data=train.fingerprint)
     encoder = build(env.parent, "encoder", env.device)
     env.settings["top_k"] = K = choose_top_k(args, env)
     folder = args.out / "latents"
     if folder.exists() and args.resume:
-        load(folder, {"top_k": K, "dtype": args.dtype}, sup=env.parent["id"])
+        settings = {"top_k": K, "dtype": args.dtype, "paths": args.paths}
+        load(folder, settings, sup=env.parent["id"])
         print(f"{folder} is finished")
         return
     if folder.exists() and not args.overwrite:
@@ -108,6 +153,7 @@ def main(argv=None):
     print(f"{folder}: {latents} latents of {len(train)} problems")
     if latents and args.latents != "hidden":
         print(f"the top {K} hold {mass / latents:.4f} of α's mass")
+    if latents and args.latents != "hidden" and args.paths == "own":
         report_ecr(train, folder, args.chunk_size)
     print(f"next: python train_latent.py --out {args.out}")
 

@@ -4,8 +4,8 @@ A problem is a question, a chain of thought S and an answer. As tokens:
 
     X <bot> = question <bot>        S = chain        <eot> Ans = <eot> #### answer <|endoftext|>
 
-Everything is tokenized once. A batch holds problems of like length and is padded to one of a few
-fixed widths, so that little is computed for padding. Other data than GSM8K's: lab/sources.py.
+Everything is tokenized once. A batch holds problems of like length, so that little is computed for
+padding. Other data than GSM8K's: lab/sources.py.
 """
 import functools
 import hashlib
@@ -13,16 +13,14 @@ import http.client
 import json
 import re
 import urllib.request
-from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 import tiktoken
 
 import toy
+from encoder import Batch, Tokens, count_chunks
 from lab.files import UserError, write
 from lab.numbers import numbers
-from lab.vocabulary import gpt2_vocabulary, prune_ranks
 
 GSM8K_URL = ("https://raw.githubusercontent.com/openai/grade-school-math/master/"
              "grade_school_math/data/")
@@ -32,10 +30,10 @@ GSM8K_SHA256 = {
     "example_model_solutions.jsonl":
         "4bc62db838f8418365d51c627bd66294cbdca9fb7f01519cb13f0dce8c51580b",
 }
-WIDTHS = 10                   # different widths of a loop's batches at most
+POOL = 16  # batches whose problems are sorted by length together
 
 
-# ------------------------------------------------------------------------------------------ problems
+# ----------------------------------------------------------------------------------------- problems
 
 def read(file, parse, cot):
     """parse(line, cot) of every line of a text file. Raises UserError naming file and line."""
@@ -112,44 +110,82 @@ def fetch(file):
 # --------------------------------------------------------------------------------------- tokenizers
 
 class Tokenizer:
-    """A tiktoken encoding: its ordinary ids, then <|endoftext|> <bot> <eot> <sum>, then padding.
+    """The ordinary ids 0, 1, …, then <|endoftext|> <bot> <eot> <sum>, then padding.
 
+    name  "toy", or "gpt2" for GPT-2's byte-pair encoding
+    kept  ids of that encoding, all bytes among them, which become 0, 1, …; other tokens are spelled
+          with these. None: all ids are kept
     So `logits[..., :n_ordinary]` is the ordinary vocabulary, the only place where α has mass, and
     `n_vocab`, a multiple of 64, is the width of the model's head.
     """
 
     SPECIAL = ["<|endoftext|>", "<bot>", "<eot>", "<sum>"]
 
-    def __init__(self, name, texts=None):
-        """name: "toy" or "gpt2"; texts: prune it to what they need, and name it by what is kept.
-
-        Raises UserError where GPT-2's vocabulary cannot be had.
-        """
-        pattern, ranks = gpt2_vocabulary() if name == "gpt2" else toy_vocabulary()
-        if texts is not None:
-            ranks = prune_ranks(ranks, pattern, texts)
-            digest = hashlib.sha256(repr(list(ranks)).encode()).hexdigest()
-            name = f"{name}-{len(ranks)}-{digest[:8]}"  # what was made with another one is refused
-        self.name = name
-        self.n_ordinary = len(ranks)
-        self.n_vocab = -(-(self.n_ordinary + len(self.SPECIAL)) // 64) * 64
-        special = {text: self.n_ordinary + i for i, text in enumerate(self.SPECIAL)}
-        self.eos, self.bot, self.eot, self.sum = special.values()
-        self.encoding = tiktoken.Encoding(
-            name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
+    def __init__(self, name, kept=None):
+        self.name, self.encoding = name, gpt2_encoding() if name == "gpt2" else toy_encoding()
+        self.vocabulary = {"name": name, "kept": kept}  # of which it can be made again
+        ids = range(len(self.encoding._mergeable_ranks)) if kept is None else kept
+        pieces = [self.encoding.decode_single_token_bytes(i) for i in ids]
+        self.dense = {i: [new] for new, i in enumerate(ids)}  # of each token its new ids
+        self.id_of = {piece: new for new, piece in enumerate(pieces)}
+        self.pieces = pieces + [text.encode() for text in self.SPECIAL]
+        self.n_ordinary = len(pieces)
+        self.n_vocab = -(-len(self.pieces) // 64) * 64
+        self.eos, self.bot, self.eot, self.sum = range(self.n_ordinary, len(self.pieces))
+        if kept is not None:  # what was made with other tokens is refused
+            digest = hashlib.sha256(repr(kept).encode()).hexdigest()
+            self.name = f"{name}-{self.n_ordinary}-{digest[:8]}"
 
     def encode(self, text):
         """Ordinary ids only: '<eot>' in a text is five characters, never the control token."""
-        return self.encoding.encode_ordinary(text)
+        ids = []
+        for i in self.encoding.encode_ordinary(text):
+            if i not in self.dense:
+                self.dense[i] = self.spell(self.encoding.decode_single_token_bytes(i))
+            ids += self.dense[i]
+        return ids
+
+    def spell(self, token):
+        """The ids of a token that is not kept: of its longest beginning that is, and so on."""
+        ids = []
+        while token:
+            end = max(k for k in range(1, len(token) + 1) if token[:k] in self.id_of)
+            ids.append(self.id_of[token[:end]])
+            token = token[end:]
+        return ids
 
     def decode(self, ids):
         """The text of these ids; ids of the head's padding are left out."""
-        return self.encoding.decode([i for i in ids if i < self.n_ordinary + len(self.SPECIAL)])
+        pieces = [self.pieces[i] for i in ids if i < len(self.pieces)]
+        return b"".join(pieces).decode("utf-8", errors="replace")
+
+
+def gpt2_encoding():
+    try:
+        return tiktoken.get_encoding("gpt2")
+    except (OSError, ValueError) as error:  # no network, or a wrong checksum
+        raise UserError(
+            "GPT-2's vocabulary could not be downloaded; set TIKTOKEN_CACHE_DIR to a folder that "
+            f"has tiktoken's copy of it ({type(error).__name__})")
+
+
+def tokens_in_use(problems):
+    """The ids of GPT-2's encoding that a model of these problems needs, a rising list of int.
+
+    All bytes, the tokens of the problems, and the numbers that they may lack. A third of GPT-2's
+    vocabulary or less: that makes the embeddings, and the output head, so much smaller.
+    """
+    encoding = gpt2_encoding()
+    texts = ["".join(f"{n} {n}=" for n in range(1000))]  # with a space before them, and without
+    for p in problems:
+        texts += [p["question"], p["chain"], "#### " + p["answer"]]
+    ids = {encoding.encode_single_token(bytes([byte])) for byte in range(256)}
+    return sorted(ids.union(*encoding.encode_ordinary_batch(texts, num_threads=1)))
 
 
 @functools.cache
-def toy_vocabulary():
-    """(pattern, ranks): whole words and whole numbers; 256 bytes spell whatever else there is.
+def toy_encoding():
+    """Whole words and whole numbers are tokens; 256 bytes spell whatever else there is.
 
     A word takes the space on its left, and the one on its right before a number, so that the 7 of
     ' has 7 pens' is the token of '<<7+5=12>>'. A step is six tokens: 7 + 5 = 12 and the '>> <<'
@@ -162,18 +198,11 @@ def toy_vocabulary():
         pieces.update(re.findall(pattern, problem["chain"]))
     words = sorted(piece for piece in pieces if len(piece) > 1)
     tokens = [bytes([b]) for b in range(256)] + [word.encode() for word in words]
-    return pattern, {token: rank for rank, token in enumerate(tokens)}
+    ranks = {token: rank for rank, token in enumerate(tokens)}
+    return tiktoken.Encoding("toy", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
 
 
 # ------------------------------------------------------------------------------------------ batches
-
-class Tokens(NamedTuple):
-    """One problem as lists of ids."""
-
-    question: list  # X, which ends in <bot>
-    chain: list     # S
-    answer: list    # Ans, from <eot> to <|endoftext|>
-
 
 class Ragged:
     """Rows of different length in one flat int32 array: a tenth of the room that lists take."""
@@ -188,45 +217,19 @@ class Ragged:
         return self.flat[self.start[row]:self.start[row + 1]].tolist()
 
 
-@dataclass
-class Batch:
-    """The problems of one batch, and how long those are that it may be made of."""
-
-    rows: np.ndarray  # (B,) which problems
-    problems: list    # their Tokens
-    lengths: tuple    # token counts (question, chain, answer) of all it may be made of: arrays
-
-
-def choose_widths(length):
-    """A few widths, multiples of 8: the lengths rounded up to them make little padding.
-
-    One after the other comes the width that saves the most. length (R,) -> a sorted list, of
-    WIDTHS entries at most, the last for the longest.
-    """
-    values, count = np.unique(-(-length // 8) * 8, return_counts=True)
-    widths = [values[-1]]
-    for _ in range(WIDTHS - 1):
-        more = [sorted({*widths, value}) for value in values]
-        widths = min(more, key=lambda w: count @ np.take(w, np.searchsorted(w, values)))
-    return widths
-
-
 class Problems:
     """A split, tokenized once. Problems longer than the model are dropped and counted in `dropped`.
 
-    Problems of like length share a bucket, and a training batch is padded as the longest problem of
-    its bucket, or of a shorter one, needs, so that a loop sees as many widths as there are buckets.
-    A loop first calls make_buckets, since its sequences have lengths of their own. Which problems
-    make batch t is a function of (seed, t) alone: to resume is to go on counting. Raises UserError
-    where no problem is left.
+    Which problems make batch t is a function of (seed, t) alone: to resume is to go on counting.
+    Raises UserError where no problem is left.
     """
 
     def __init__(self, problems, tokenizer, block_size, chunk_size=1, no_cot=False):
-        t, encode = tokenizer, tokenizer.encoding.encode_ordinary
+        t, encode = tokenizer, tokenizer.encode
         x = [encode(p["question"]) + [t.bot] for p in problems]
         s = [[] if no_cot else encode(p["chain"]) for p in problems]
         a = [[t.eot] + encode("#### " + p["answer"]) + [t.eos] for p in problems]
-        whole = [-(-len(chain) // chunk_size) * chunk_size for chain in s]  # as latents end it
+        whole = [count_chunks(len(chain), chunk_size) * chunk_size for chain in s]  # as latents end
         fits = [i for i in range(len(x)) if len(x[i]) + whole[i] + len(a[i]) <= block_size]
         self.dropped = len(x) - len(fits)
         self.problems = [problems[i] for i in fits]
@@ -236,46 +239,45 @@ class Problems:
                             f"{block_size}, counted in whole chunks of {chunk_size} tokens")
         parts = [r.flat.tobytes() + r.length.tobytes() for r in (self.x, self.s, self.a)]
         self.fingerprint = hashlib.sha256(b"".join(parts)).hexdigest()[:16]
-        total = self.x.length + self.s.length + self.a.length
-        self.order = np.argsort(total, kind="stable")  # rows, the shortest first
-        self.make_buckets(chain_slots=1)
+        self.order = np.argsort(self.lengths(1), kind="stable")  # rows, the shortest first
+        self.laid_out = None  # the one whose batches are laid out
 
     def __len__(self):
         return len(self.problems)
 
-    def make_buckets(self, chain_slots):
-        """Sort the problems into buckets by the length that they have in a loop's sequences.
+    def lengths(self, chain_slots):
+        """How many slots each problem takes, float (R,).
 
-        chain_slots: how many slots a token of the chain takes there, its latent tokens included.
+        chain_slots: those of a token of its chain in a loop's sequences: 1 in SFT, 1 + 1/c in phase
+        1, where a chunk has a <sum> or a latent beside it, and 1/c in phase 3.
         """
-        length = self.x.length + chain_slots * self.s.length + self.a.length
-        self.bucket = np.searchsorted(choose_widths(length), length)  # of each problem: 0, 1, …
-        self.epoch = None  # the one whose batches are laid out
+        return self.x.length + chain_slots * self.s.length + self.a.length
 
-    def batch(self, rows, like):
-        """The Batch of these rows, padded as the rows `like` need."""
-        tokens = [Tokens(self.x[row], self.s[row], self.a[row]) for row in rows]
-        return Batch(rows, tokens, tuple(r.length[like] for r in (self.x, self.s, self.a)))
+    def batch(self, rows):
+        return Batch(rows, [Tokens(self.x[row], self.s[row], self.a[row]) for row in rows])
 
-    def train_batch(self, step, size, seed):
-        """Batch number `step`: every problem once an epoch, in a new order each."""
+    def train_batch(self, step, size, seed, chain_slots=1.0):
+        """Batch number `step`: every problem once an epoch, beside others of like length.
+
+        Some come twice, so that all batches are full. chain_slots: see `lengths`.
+        """
         epoch, number = divmod(step, -(-len(self) // size))
-        if self.epoch != (seed, size, epoch):
-            self.epoch = (seed, size, epoch)
-            self.batches = self.shuffle(np.random.default_rng([seed, epoch]), size)
-        rows = self.batches[number]
-        # the first rows may be of a shorter bucket, but none is of a longer one than the last
-        like = np.flatnonzero(self.bucket <= self.bucket[rows[-1]])
-        return self.batch(rows, like)
+        if self.laid_out != (epoch, size, seed, chain_slots):
+            self.laid_out = (epoch, size, seed, chain_slots)
+            rng = np.random.default_rng([seed, epoch])
+            self.batches = self.shuffle(rng, size, self.lengths(chain_slots))
+        return self.batch(self.batches[number])
 
-    def shuffle(self, rng, size):
-        """An epoch's batches in random order, each sorted by bucket: int64 (batches, size).
+    def shuffle(self, rng, size, length):
+        """An epoch's batches, int64 (batches, size): drawn, then sorted by length in pools.
 
         Some problems come twice, chosen at random, so that all batches are full.
         """
         rows = np.resize(rng.permutation(len(self)), -(-len(self) // size) * size)
-        rows = rows[np.argsort(self.bucket[rows], kind="stable")]
-        return rng.permutation(rows.reshape(-1, size))  # (batches, size)
+        for i in range(0, len(rows), POOL * size):
+            pool = rows[i:i + POOL * size]
+            rows[i:i + POOL * size] = pool[np.argsort(length[pool], kind="stable")]
+        return rng.permutation(rows.reshape(-1, size))
 
     def first_equal(self):
         """For each problem the first with its question and chain, int64 (R,).
@@ -289,10 +291,10 @@ class Problems:
     def caps(self, c):
         """(latents, tokens) at which decoding stops: the longest chain, and some for an answer."""
         longest = int(self.s.length.max())
-        return -(-longest // c), longest + int(self.a.length.max()) + 4
+        return count_chunks(longest, c), longest + int(self.a.length.max()) + 4
 
     def eval_batches(self, size, limit=None):
         """Every problem once (or the first `limit` problems), the shortest first."""
         rows = self.order if limit is None else self.order[self.order < limit]
         for i in range(0, len(rows), size):
-            yield self.batch(rows[i:i + size], rows[i:i + size])
+            yield self.batch(rows[i:i + size])

@@ -1,14 +1,15 @@
 """Greedy decoding, as text and in latent tokens, batched on one KV cache.
 
-A row produces its chain of thought, as latent tokens or as text, until it predicts <eot>; then it
-writes its answer as text. Rows of different length are decoded together: each changes from latents
-to text at its own step, and no vector is fed twice.
+A row thinks in latent tokens until it predicts <eot>; then it writes its answer as text. A batch
+does so in two loops, one that thinks and one that writes. A row that is done with its part waits,
+and what it is fed meanwhile is invisible to it.
 """
 from typing import NamedTuple
 
 import torch
 
-from encoder import Sequence, alpha_and_latent, insert_latents, latent_pos, pad, superpose
+from encoder import (Sequence, alpha_and_latent, chain_layout, insert_latents, latent_pos, pad,
+                     superpose)
 from model import KVCache
 
 
@@ -18,69 +19,59 @@ class Decoded(NamedTuple):
     capped: torch.Tensor   # bool (B,) cut off at a cap: of latents, of tokens, or of positions
 
 
-class RowState:
-    """The state of each row: thinking in latents, writing text, or done. Tensors (B,).
+class Reader:
+    """A batch of prompts that the LLM has read, and what each row has been fed since.
 
-    thinking, done, capped: bool; latents, written: int64, the latent steps and the tokens so far;
-    pos: int64, the position of the last vector.
+    hidden (B, C): the LLM's hidden state at each row's last vector; pos int64 (B,): its position.
     """
 
-    def __init__(self, pos, c, tokenizer, max_latents, max_tokens, block_size):
-        B, device = len(pos), pos.device
-        self.pos, self.c, self.tokenizer = pos, c, tokenizer
-        self.max_latents, self.max_tokens = max_latents, max_tokens
-        self.block_size = block_size
-        self.nx = pos + 1  # who thinks in latents begins behind X <bot>, of so many positions
-        self.thinking = torch.full((B,), c > 0, device=device)
-        self.done = torch.zeros(B, dtype=torch.bool, device=device)
-        self.capped = torch.zeros(B, dtype=torch.bool, device=device)
-        self.latents = torch.zeros(B, dtype=torch.int64, device=device)
-        self.written = torch.zeros(B, dtype=torch.int64, device=device)
+    def __init__(self, llm, x, pos, length, steps):
+        """Read the prompts x (B, T, C) at pos (B, T), of `length` (B,); room for `steps` more."""
+        B, T, _ = x.shape
+        # under autocast keys and values have autocast's dtype
+        autocast = torch.is_autocast_enabled(x.device.type)
+        dtype = torch.get_autocast_dtype(x.device.type) if autocast else llm.wte.weight.dtype
+        self.llm, self.block = llm, llm.config.block_size
+        self.cache = KVCache(llm.config, B, T + steps, x.device, dtype)
+        slot = torch.arange(T + steps, device=x.device)
+        self.visible = slot < length[:, None]                              # (B, T + steps)
+        last = (length - 1)[:, None]                                       # (B, 1)
+        self.pos = pos.gather(1, last)[:, 0]
+        self.hidden = llm(x, pos, cache=self.cache, index=last)[:, 0]
 
-    def advance(self, token):
-        """Update the state by the argmax tokens, int64 (B,): (token, written), both int64 (B,).
-
-        token is what the next step feeds to a row that writes text, and written what a row adds to
-        its text, -1 where nothing. Afterwards `thinking` are the rows that take a latent step, and
-        `latents` counts it. A row that has taken max_latents steps gets <eot> in place of its
-        token, and then answers. A row that would need more than block_size positions is cut off.
-        """
-        eot, eos = self.tokenizer.eot, self.tokenizer.eos
-        overlong = self.thinking & (token != eot) & (self.latents >= self.max_latents)
-        token = token.masked_fill(overlong, eot)
-        self.thinking &= token != eot
-        silent = self.thinking | self.done
-        written = token.masked_fill(silent, -1)
-        self.written += ~silent
-        self.done |= ~self.thinking & (token == eos)
-        # of z_i with i = latents, those taken so far: the next one is counted below
-        next_latent = latent_pos(self.nx, self.latents, self.c)
-        self.pos = torch.where(self.thinking, next_latent, self.pos + 1)
-        full = (self.pos >= self.block_size) | (self.written >= self.max_tokens)
-        stopped = ~self.done & full
-        self.done |= stopped
-        self.thinking &= ~self.done
-        self.latents += self.thinking
-        self.capped |= overlong | stopped
-        return token, written
+    def feed(self, x, pos, rows):
+        """Feed the vectors x (B, C) at pos (B,) to `rows`, bool (B,); the others see nothing."""
+        slot = self.cache.length
+        self.visible[:, slot] = rows
+        at = pos.clamp(max=self.block - 1)[:, None]  # only a row that waits is clamped
+        hidden = self.llm(x[:, None], at, self.visible[:, None, :slot + 1], self.cache)[:, 0]
+        self.hidden = torch.where(rows[:, None], hidden, self.hidden)
+        self.pos = torch.where(rows, pos, self.pos)
 
 
-def prefill(llm, x, pos, length, extra):
-    """One pass over the prompts x (B, T, C) at pos (B, T): (hidden, cache, visible).
+def think(reader, tokenizer, c, max_latents, top_k, latent, on_latent=None):
+    """Latent steps until the argmax over the whole vocabulary is <eot>: int64 (B,), how many.
 
-    hidden (B, C) at each prompt's last vector; a KVCache with `extra` free slots; visible bool
-    (B, T + extra), False at the padding, past each prompt's `length` (B,).
+    Each feeds z = Σ q[v]·E[v], q being the next-token distribution on the ordinary vocabulary, or
+    its `top_k` renormalized. The prompts are questions, after which the first chunk's place begins.
+    latent, on_latent: as in `decode`, below.
     """
-    B, T, _ = x.shape
-    device = x.device
-    # under autocast keys and values have autocast's dtype
-    autocast = torch.is_autocast_enabled(device.type)
-    dtype = torch.get_autocast_dtype(device.type) if autocast else llm.wte.weight.dtype
-    cache = KVCache(llm.config, B, T + extra, device, dtype)
-    slot = torch.arange(T + extra, device=device)
-    visible = (slot < length[:, None]) | (slot >= T)  # the prompt's own slots, and those to come
-    hidden = llm(x, pos, cache=cache, index=(length - 1)[:, None])[:, 0]  # (B, C)
-    return hidden, cache, visible
+    llm, nx = reader.llm, reader.pos + 1                                   # (B,)
+    n = torch.zeros_like(nx)
+    thinks = torch.ones_like(nx, dtype=torch.bool)
+    for step in range(max_latents):
+        pos = latent_pos(nx, n, c)
+        ended = llm.head(reader.hidden).argmax(1) == tokenizer.eot
+        thinks = thinks & ~ended & (pos < reader.block)
+        if not thinks.any():
+            break
+        q, z = latent(llm, reader.hidden, llm.wte.weight, tokenizer.n_ordinary, top_k)
+        if on_latent:
+            replaced = on_latent(step, q, z, thinks)
+            z = z if replaced is None else superpose(replaced, llm.wte.weight, top_k)
+        reader.feed(z.to(llm.wte.weight.dtype), pos, thinks)
+        n = n + thinks
+    return n
 
 
 @torch.no_grad()
@@ -91,45 +82,60 @@ def decode(llm, tokenizer, x, pos, length, c=0, top_k=0, max_latents=0, max_toke
     x, pos     prompts float (B, T, C), padded on the right, and their positions int64 (B, T)
     length     int64 (B,) slots of each prompt. The last one holds <bot> or a z, or <eot> where only
                the answer is to be written
-    c          the tokens of a chunk, to think in latent tokens: until the argmax over the whole
-               vocabulary is <eot>, a step feeds z = Σ q[v]·E[v], q being the next-token
-               distribution on the ordinary vocabulary (or its `top_k` renormalized); then the row
-               writes text. 0: it writes text at once
-    max_*      caps on the latent steps and on the tokens of each row
+    c          the tokens of a chunk, to think in latent tokens first; 0: to write text at once
+    max_*      caps on the latent steps and on the tokens of each row. A row that still thinks when
+               it has no steps or positions left gets <eot>, and answers
     on_latent  called as on_latent(step, q, z, active) where rows think: q float32 (B, n_ordinary),
                z (B, C), active bool (B,) the rows that take a latent step; a q that it returns
                takes the place of q
     latent     makes (q, z) of the hidden states: encoder.Parts
-
-    Each step feeds one vector a row. Step t fills slot T + t in all rows, but each row has its own
-    position; the padding between is never visible.
     """
-    B, T, _ = x.shape
-    block = llm.config.block_size
-    steps = (max_latents if c else 0) + max_tokens
-    last = pos.gather(1, (length - 1)[:, None])[:, 0]  # (B,)
-    steps = max(0, min(steps, block - 1 - int(last.min())))
-    hidden, cache, visible = prefill(llm, x, pos, length, steps)
-    state = RowState(last, c, tokenizer, max_latents, max_tokens, block)
-    out = []
-    for step in range(steps + 1):
-        token, written = state.advance(llm.head(hidden).argmax(1))
-        out.append(written)
-        if state.done.all():
+    room = llm.config.block_size - int(length.min())  # slots after the shortest prompt
+    max_latents, max_tokens = min(max_latents if c else 0, room), min(max_tokens, room + 1)
+    reader = Reader(llm, x, pos, length, max_latents + max_tokens)
+    n = torch.zeros_like(reader.pos)                                       # (B,)
+    if c:
+        n = think(reader, tokenizer, c, max_latents, top_k, latent, on_latent)
+    token = llm.head(reader.hidden).argmax(1)                              # (B,)
+    capped = (token != tokenizer.eot) & (c > 0)  # still thinking: out of steps or positions
+    token = token.masked_fill(capped, tokenizer.eot)
+    writes, out = torch.ones_like(capped), []
+    for step in range(max_tokens):
+        out.append(token.masked_fill(~writes, -1))
+        writes = writes & (token != tokenizer.eos)
+        pos = reader.pos + 1
+        full = (pos >= reader.block) | (step == max_tokens - 1)
+        capped, writes = capped | (writes & full), writes & ~full
+        if not writes.any():
             break
-        x = llm.wte(token)  # (B, C)
-        if state.thinking.any():
-            q, z = latent(llm, hidden, llm.wte.weight, tokenizer.n_ordinary, top_k)
-            if on_latent:
-                replaced = on_latent(step, q, z, state.thinking)
-                z = z if replaced is None else superpose(replaced, llm.wte.weight, top_k)
-            z = z.to(x.dtype)
-            x = torch.where(state.thinking[:, None], z, x)
-        pos = state.pos.clamp(max=block - 1)[:, None]  # (B, 1); only a done row is clamped
-        hidden = llm(x[:, None], pos, visible[:, None, :T + step + 1], cache)[:, 0]  # (B, C)
+        reader.feed(llm.wte(token), pos, writes)
+        token = llm.head(reader.hidden).argmax(1)
     rows = torch.stack(out, 1).tolist()
     tokens = [[i for i in row if i >= 0 and i != tokenizer.eos] for row in rows]
-    return Decoded(tokens, state.latents, state.capped)
+    return Decoded(tokens, n, capped)
+
+
+def with_own_latents(z, rows, llm, tokenizer, batch, c, top_k):
+    """z (B, N, C), but that in its `rows` stand the latents that the LLM thinks from the question.
+
+    rows int64 array (b,). No gradient flows through them. Where its chain is shorter, the z given
+    stay.
+    """
+    if not len(rows):
+        return z
+    own = z.detach()[rows]                                                 # (b, N, C)
+
+    def keep(step, q, mine, active):
+        own[active, step] = mine[active].to(own.dtype)
+
+    # the blocks that are compiled for training have no graph of one vector on a cache
+    with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+        reader = Reader(llm, *question_prompt(llm, batch.some(rows), z.device), z.size(1))
+        n = think(reader, tokenizer, c, z.size(1), top_k, alpha_and_latent, keep)  # (b,)
+    torch.clear_autocast_cache()  # of casts of the weights, which have no gradient here
+    thought = torch.arange(z.size(1), device=z.device) < n[:, None]        # (b, N)
+    own = torch.where(thought[:, :, None], own, z[rows])
+    return z.index_copy(0, torch.from_numpy(rows).to(z.device), own)
 
 
 # ------------------------------------------------------------------------------------------ prompts
@@ -146,13 +152,9 @@ def latents_prompt(llm, batch, z, n, c, end, device):
     more positions; c: tokens of a chunk; end: a list of at most one id.
     """
     rows = []
-    for problem, k in zip(batch.problems, n):
-        row, nx = Sequence(problem.question), len(problem.question)
-        k = min(int(k), (llm.config.block_size - 1 - nx) // c)
-        for i in range(k):
-            row.add_latent(i, latent_pos(nx, i, c))
-        row.add_text(end, latent_pos(nx, k - 1, c) + 1)
-        rows.append(row)
+    for p, k in zip(batch.problems, n):
+        k = min(int(k), (llm.config.block_size - 1 - len(p.question)) // c)
+        rows.append(chain_layout(p.question, [], end, c, k))
     return prompt_of(rows, llm, z, device)
 
 

@@ -21,6 +21,35 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+# ------------------------------------------------------------------------------ problems, as tokens
+
+class Tokens(NamedTuple):
+    """One problem as lists of ids."""
+
+    question: list  # X, which ends in <bot>
+    chain: list     # S
+    answer: list    # Ans, from <eot> to <|endoftext|>
+
+
+class Batch(NamedTuple):
+    """Some problems of a split."""
+
+    rows: np.ndarray  # (B,) which
+    problems: list    # their Tokens
+
+    def some(self, index):
+        """The Batch of those problems alone; index int (b,), in 0 … B − 1."""
+        return Batch(self.rows[index], [self.problems[i] for i in index])
+
+
+DRAWS = {"continuations": 1, "noise": 3, "on-policy": 4}
+
+
+def generator(seed, step, what):
+    """Random numbers for one of DRAWS: a function of (seed, step), so that resuming repeats it."""
+    return np.random.default_rng([seed, step, DRAWS[what]])
+
+
 # --------------------------------------------------------------------- one problem: lists that grow
 
 class Sequence:
@@ -33,9 +62,8 @@ class Sequence:
     def __init__(self, question):
         self.ids = []            # token ids; 0 at a latent token, where `insert_latents` puts z
         self.pos = []            # positions
-        self.segment = []        # who sees the slot: 0 all later ones; i > 0 later ones of segment
-                                 # i: 1 … n−1 chunk S_i, n the answer, n + 1 the followed text;
-                                 # -1 itself alone: a <sum>
+        self.segment = []        # which later slots see it: 0 all of them; i > 0 those of segment
+                                 # i alone (S_i, or for i = n <eot> Ans); -1 none: a <sum>
         self.latent = []         # i + 1 at z_i, else 0
         self.predict_index = []  # slots whose logits predict a token: the slot before it,
         self.target = []         # that token,
@@ -111,74 +139,48 @@ def encoder_layout(question, chunks, sum_id):
     return row
 
 
-def llm_layout(question, chunks, answer, c, follow=None, follow_weight=1.0):
-    """The LLM's sequence in phase 1, a Sequence: X <bot> z₀ [S₁] z₁ [S₂] … z_{n-1} <eot> Ans.
+def sup_layout(question, chunks, answer, c):
+    """The LLM's sequence of ℓ_sup, a Sequence: X <bot> z₀ [S₁] z₁ [S₂] … z_{n-1} <eot> Ans.
 
         token     X  X  <bot>  z₀ c  d  z₁ e  z₂ <eot> Ans    S₀ is read as z₀, never predicted;
         position  0  1  2      4  5  6  6  7  8  9     10     z₁ takes the place of c d, and e
         segment   0  0  0      0  1  1  0  2  0  3     3      goes on from there (c = 2)
 
-    The weights are those of ℓ_sup: 1/n for each of S₁ … S_{n-1} and `answer` (<eot> Ans), shared
-    equally by its tokens. Without any chunk the sequence is X <bot> <eot> Ans.
-
-    With `follow` = k one text is followed to the end: after z_k comes S_{k+1} … S_{n-1} <eot> Ans
-    (k = −1: the whole chain and the answer after <bot>), as a segment of its own. Its tokens share
-    the weight follow_weight; those of S_{k+1} have their weight in ℓ_sup besides.
-
-        token     X  X  <bot>  z₀ c  d  e <eot> Ans z₁ e  z₂ <eot> Ans               follow = 0
-        position  0  1  2      4  5  6  7 8     9   6  7  8  9     10
-        segment   0  0  0      0  4  4  4 4     4   0  2  0  3     3
-
-    <eot> stands at 9 behind z₂, where the last chunk counts as full, and at 8 behind the text e.
+    Each of S₁ … S_{n-1} and `answer`, which are <eot> and Ans, weighs 1/n, shared equally by its
+    tokens. Without any chunk the sequence is X <bot> <eot> Ans.
     """
     row = Sequence(question)
     nx, n = len(question), len(chunks)
-    parts = [*chunks, answer]
     if n == 0:
         row.add_text(answer, nx, segment=1, loss_weight=1 / len(answer))
-    elif follow == -1:
-        text = sum(parts, [])
-        row.add_text(text, nx, segment=n + 1, loss_weight=follow_weight / len(text))
-    for i in range(n):
-        pos, text = latent_pos(nx, i, c), parts[i + 1]
-        loss_weight = 1 / (n * len(text))
+    for i, text in enumerate([*chunks, answer][1:]):  # after z_i S_{i+1}, after the last the answer
+        pos = latent_pos(nx, i, c)
         row.add_latent(i, pos)
-        if i != follow:
-            row.add_text(text, pos + 1, segment=i + 1, loss_weight=loss_weight)
-        else:
-            rest = sum(parts[i + 2:], [])
-            # the text S_{k+1} is there once, for ℓ_sup and as the beginning of what is followed
-            followed = follow_weight / (len(text) + len(rest))
-            row.add_text(text, pos + 1, segment=n + 1, loss_weight=loss_weight + followed)
-            row.add_text(rest, pos + 1 + len(text), segment=n + 1, loss_weight=followed)
+        row.add_text(text, pos + 1, segment=i + 1, loss_weight=1 / (n * len(text)))
     return row
 
 
-def latent_layout(question, chunks, answer, c):
-    """The LLM's sequence in phase 3, a Sequence, causal: X <bot> z₀ z₁ … z_{n-1} <eot> Ans.
+def chain_layout(question, chain, answer, c, k):
+    """The first k chunks as latents, the rest as text, causal, a Sequence:
 
-        token     X  X  <bot>  z₀ z₁ z₂ <eot> Ans             c = 2
-        position  0  1  2      4  6  8  9     10
+        X <bot> z₀ … z_{k-1} S_k … S_{n-1} <eot> Ans
 
-    Each α_i is predicted from the slot before z_i (`summary_index`); the tokens of `answer`, which
-    are <eot> and Ans, share the weight 1.
+        token     X  X  <bot>  a  b  c  d  e  <eot> Ans    k = 0, all text: supervised fine-tuning
+        position  0  1  2      3  4  5  6  7  8     9
+        token     X  X  <bot>  z₀ c  d  e  <eot> Ans       k = 1: a continuation, in phase 1 (c = 2)
+        position  0  1  2      4  5  6  7  8     9
+        token     X  X  <bot>  z₀ z₁ z₂ <eot> Ans          k = n, all latents: phase 3
+        position  0  1  2      4  6  8  9     10           (the last chunk counts as full)
+
+    The tokens of the text share the weight 1. Each α_i is predicted from the slot before z_i
+    (`summary_index`), which phase 3 alone asks for.
     """
     row = Sequence(question)
-    nx, n = len(question), len(chunks)
-    for i in range(n):
+    nx = len(question)
+    for i in range(k):
         row.add_latent(i, latent_pos(nx, i, c))
-    row.add_text(answer, latent_pos(nx, n - 1, c) + 1, loss_weight=1 / len(answer))
-    return row
-
-
-def explicit_layout(question, chain, answer):
-    """The sequence of supervised fine-tuning (SFT), causal, a Sequence: X <bot> S <eot> Ans.
-
-    The tokens after <bot> are predicted and share the weight 1.
-    """
-    row = Sequence(question)
-    text = chain + answer
-    row.add_text(text, pos=len(question), loss_weight=1 / len(text))
+    text = chain[c * k:] + answer
+    row.add_text(text, latent_pos(nx, k - 1, c) + 1, loss_weight=1 / max(1, len(text)))
     return row
 
 
@@ -210,9 +212,14 @@ def pad(rows, width, value=0, dtype=np.int64):
     return torch.from_numpy(out)
 
 
-def collate(rows, T, P=1, N=1):
-    """The Layout of Sequences: T slots, rounded up to a multiple of 8; at least one P and N."""
-    T, P, N = -(-int(T) // 8) * 8, max(1, int(P)), max(1, int(N))
+def collate(rows):
+    """The Layout of Sequences, as wide as the longest: T a multiple of 8, P and N at least 1.
+
+    (Of eight, since a GPU multiplies matrices of such sizes faster.)
+    """
+    T = -(-max(len(row.ids) for row in rows) // 8) * 8
+    P = max(1, *(len(row.target) for row in rows))
+    N = max(1, *(len(row.summary_index) for row in rows))
     return Layout(
         ids=pad([row.ids for row in rows], T),
         pos=pad([row.pos for row in rows], T),
@@ -225,72 +232,67 @@ def collate(rows, T, P=1, N=1):
         n=torch.tensor([len(row.summary_index) for row in rows]))
 
 
-# Each of the next four functions lays out the problems of a data.Batch, with c tokens in a chunk,
-# and returns a Layout. A problem p has the token lists p.question (X <bot>), p.chain (S) and
-# p.answer (<eot> Ans).
-#
-# A batch is not padded to its own longest problem, but to the longest of the bucket it is drawn
-# from, so that a loop has a few widths only: x, s and a, of batch.lengths, are int arrays with the
-# token counts of all problems up to that bucket, and n has the numbers of their chunks.
+# Each of the next functions lays out the problems of a Batch, with c tokens in a chunk: a Layout.
 
 def encoder_batch(batch, c, sum_id):
-    x, s, _ = batch.lengths
-    n = count_chunks(s, c)
-    rows = [encoder_layout(p.question, split_chunks(p.chain, c), sum_id) for p in batch.problems]
-    return collate(rows, T=(x + s + n).max(), N=n.max())
+    return collate([encoder_layout(p.question, split_chunks(p.chain, c), sum_id)
+                    for p in batch.problems])
 
 
-def llm_batch(batch, c, follow=None, follow_weight=1.0):
-    """follow int (B,): `follow` of each row's llm_layout; None, or weight 0: none is followed."""
-    x, s, a = batch.lengths
-    n, text = count_chunks(s, c), np.maximum(s - c, 0) + a  # S₀ is not in it
-    if follow is None or not follow_weight:
-        follow = [None] * len(batch.problems)
-    else:
-        text = text + s + a
-    rows = [llm_layout(p.question, split_chunks(p.chain, c), p.answer, c, k, follow_weight)
-            for p, k in zip(batch.problems, follow)]
-    return collate(rows, T=(x + n + text).max(), P=text.max(), N=n.max())
+def sup_batch(batch, c):
+    return collate([sup_layout(p.question, split_chunks(p.chain, c), p.answer, c)
+                    for p in batch.problems])
 
 
-def latent_batch(batch, c):
-    x, s, a = batch.lengths
-    n = count_chunks(s, c)
-    rows = [latent_layout(p.question, split_chunks(p.chain, c), p.answer, c)
-            for p in batch.problems]
-    return collate(rows, T=(x + n + a).max(), P=a.max(), N=n.max())
+def chain_batch(batch, c, k):
+    """k int (B,): how many of its chunks each problem has as latents."""
+    return collate([chain_layout(*p, c, latents) for p, latents in zip(batch.problems, k)])
 
 
-def explicit_batch(batch):
-    x, s, a = batch.lengths
-    rows = [explicit_layout(p.question, p.chain, p.answer) for p in batch.problems]
-    return collate(rows, T=(x + s + a).max(), P=(s + a).max())
+def text_batch(batch):
+    """No latents: X <bot> S <eot> Ans."""
+    return chain_batch(batch, 1, [0] * len(batch.problems))
+
+
+def latent_batch(batch, c, n):
+    """No text of the chain: X <bot> z₀ … z_{n-1} <eot> Ans.
+
+    n int (B,): each problem's latents, fewer than its chunks where steps share a place
+    (compress.py).
+    """
+    return collate([chain_layout(p.question, [], p.answer, c, latents)
+                    for p, latents in zip(batch.problems, n)])
+
+
+def count_batch_chunks(batch, c):
+    """n of each problem, an int64 array (B,)."""
+    return np.array([count_chunks(len(p.chain), c) for p in batch.problems])
 
 
 # ------------------------------------------------------------- what phase 1 draws and compares with
 
-def draw_followed(batch, c, seed, step, from_start=0.0):
-    """For each problem at random the k of llm_layout's `follow`: an int64 array (B,).
+def draw_rows(rng, B, share):
+    """A share of the rows 0 … B − 1 at random, int64 (b,)."""
+    return rng.permutation(B)[:round(share * B)]
 
-    It is −1 with probability `from_start`, otherwise one of −1 … n−1, all equally likely: so −1 has
-    from_start + (1 − from_start) / (n + 1). The random numbers are a function of (seed, step), so
-    that a resumed run draws the same.
+
+def draw_continuations(batch, c, share, from_start, seed, step):
+    """Which problems of a batch are continued, and after how many latents: (rows, k), int64 arrays.
+
+    rows   `share` of the batch's, at random
+    k      0 … n for each of them, all equally likely, but that a share `from_start` has 0 anyway
+    It is a function of (seed, step), so that a resumed run draws the same.
     """
-    n = np.array([count_chunks(len(p.chain), c) for p in batch.problems])
-    rng = np.random.default_rng([seed, step, 1])  # 1: apart from the other draws of a step
-    u = rng.random((2, len(n)))
-    k = (u[0] * (n + 1)).astype(np.int64) - 1
-    return np.where(u[1] < from_start, -1, k)
+    rng = generator(seed, step, "continuations")
+    rows = draw_rows(rng, len(batch.problems), share)
+    n = count_batch_chunks(batch, c)[rows]
+    k = rng.integers(0, n + 1) * (rng.random(len(rows)) >= from_start)
+    return rows, k
 
 
 def chunk_tokens(batch, c):
-    """Each chunk's tokens, for losses.bag_kl: int64 (B, N, c), -1 past the chunk's end.
-
-    Where the longest chain of the bucket is shorter than c, its length takes the place of c.
-    """
-    longest = max(1, int(batch.lengths[1].max()))
-    c = min(c, longest)
-    N = count_chunks(longest, c)
+    """Each chunk's tokens, for losses.bag_kl: int64 (B, N, c), -1 past the chunk's end."""
+    N = max(1, count_batch_chunks(batch, c).max())
     return pad([p.chain for p in batch.problems], N * c, value=-1).view(-1, N, c)  # (B, N, c)
 
 
@@ -344,9 +346,9 @@ def ordinary_softmax(logits, n_ordinary):
 def top_k_renormalized(alpha, k):
     """(values, ids, mass): α's k largest entries, scaled to sum to 1, and their ids, both (..., K).
 
-    mass (...): what they summed to before. k = 0 or k > V takes all V entries.
+    mass (...): what they summed to before. k > V takes all V entries.
     """
-    values, ids = alpha.topk(min(k or alpha.size(-1), alpha.size(-1)), dim=-1)
+    values, ids = alpha.topk(min(k, alpha.size(-1)), dim=-1)
     mass = values.sum(-1)
     return values / mass[..., None], ids, mass
 
@@ -376,14 +378,15 @@ def insert_latents(x, z, latent):
     return torch.where(latent[:, :, None] > 0, z.to(x.dtype).gather(1, index), x)
 
 
-def summary_states(encoder, layout, mask=induction_mask):
+def summary_states(encoder, layout, mask_of=induction_mask):
     """The hidden states at all L of a batch, in one pass of the encoder: (B, N, C).
 
-    layout is that of encoder_batch, mask a function of it. The entries past a row's n have no
-    meaning.
+    layout is that of encoder_batch, mask_of a function of it, or None: causal. The entries past a
+    row's n have no meaning.
     """
     x = encoder.wte(layout.ids)                                                # (B, T, C)
-    return encoder(x, layout.pos, mask(layout), index=layout.summary_index)
+    mask = mask_of and mask_of(layout)
+    return encoder(x, layout.pos, mask, index=layout.summary_index)
 
 
 def alpha_and_latent(model, hidden, E, n_ordinary, top_k=0):
@@ -399,6 +402,6 @@ def alpha_and_latent(model, hidden, E, n_ordinary, top_k=0):
 class Parts(NamedTuple):
     """The parts of the method that an ablation can replace, to see what each is for."""
 
-    encoder_mask: Callable = induction_mask    # of a Layout
-    llm_mask: Callable = supervision_mask      # of a Layout
-    latent: Callable = alpha_and_latent
+    encoder_mask: Callable | None = induction_mask  # of a Layout; None: causal
+    llm_mask: Callable | None = supervision_mask    # of a Layout; None: causal
+    latent: Callable = alpha_and_latent             # (α, z) of hidden states

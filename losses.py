@@ -1,8 +1,8 @@
-"""The paper's equations: what the models minimise, and the passes that it is made of.
+"""The paper's equations: what the models minimise, and the passes that compute it.
 
-    phase 1   ℓ_sup  = 1/n Σ_i 1/|J_i| Σ_{t∈J_i} −log p(x_t | …)                 weighted_nll
-              where … are X, z₀ … z_i and the tokens of J_i before t, and J_i are the tokens of
-              chunk S_{i+1}, or of <eot> Ans for i = n − 1
+    phase 1   ℓ_sup  = 1/n Σ_{i<n} 1/|J_i| Σ_{t∈J_i} −log p(x_t | …)             weighted_nll
+              where J_i is chunk S_{i+1}, or <eot> Ans for i = n − 1, x_t its token at slot t,
+              and … are X, z₀ … z_i and the tokens of J_i before t
     phase 3   L_auto = L_exp + L_lat
               L_exp  = mean over the tokens of <eot> Ans of −log q               weighted_nll
               L_lat  = mean over i of KL(p̃_i ‖ q_i)                              latent_kl
@@ -11,7 +11,7 @@
 Phase 1 adds two terms that the paper does not have:
 
               λ · 1/n Σ_i KL(bag(S_i) ‖ α_i)                                     bag_kl
-              the mean −log p of one text that is followed to the end            weighted_nll
+              the mean −log p of S_k … S_{n-1} <eot> Ans after z₀ … z_{k-1}      weighted_nll
 
 Each is a mean over a problem's tokens or latents, then over the batch. q is the LLM's next-token
 distribution, and q_i that at the slot before z_i; the letters of the shapes are those of model.py.
@@ -20,7 +20,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from encoder import Parts, insert_latents, ordinary_softmax, summary_states
+from encoder import chain_batch, generator, insert_latents, sup_batch, supervision_mask
 
 
 def mean_over_latents(loss, n):
@@ -33,12 +33,12 @@ def weighted_nll(logits, target, weight):
     """Σ weight · −log p(target) in each row, mean over the batch.
 
     logits (B, P, V); target int64 (B, P); weight float32 (B, P), 0 at padding. The weights, a
-    layout's `loss_weight`, decide which loss it is: those of encoder.llm_layout give ℓ_sup and the
-    term of the followed text, those of latent_layout L_exp, those of explicit_layout the SFT loss.
+    layout's `loss_weight`, say what it is a mean over: with those of encoder.sup_layout over the
+    chunks, with those of chain_layout over the tokens.
     """
     logits = logits.flatten(0, 1).float()                                      # (B * P, V)
     nll = F.cross_entropy(logits, target.flatten(), reduction="none")          # (B * P,)
-    return (nll * weight.flatten()).sum() / len(target)
+    return (nll * weight.flatten()).sum() / len(target)                        # of B rows
 
 
 def bag_kl(alpha, chunks, n):
@@ -52,14 +52,14 @@ def bag_kl(alpha, chunks, n):
     log_alpha = alpha.gather(2, chunks.clamp(min=0)).clamp(min=1e-9).log()     # (B, N, c)
     count = (chunks[:, :, :, None] == chunks[:, :, None, :]).sum(3)            # (B, N, c)
     log_bag = (count / size[:, :, None]).log()                                 # (B, N, c)
-    # Σ_v bag[v] · … is the mean of … over the chunk's tokens, each as often as it stands there
+    # Σ_v bag[v] · f(v) is the mean of f over the chunk's tokens, repeats included
     kl = (log_bag - log_alpha).where(real, 0).sum(2) / size                    # (B, N)
     return mean_over_latents(kl, n)
 
 
 def gumbel_noise(seed, step, shape, scale=1.0):
-    """scale · Gumbel(0, 1), float32: a function of (seed, step), so that resuming repeats it."""
-    rng = np.random.default_rng([seed, step, 3])  # 3: apart from the other draws of a step
+    """scale · Gumbel(0, 1), float32: a function of (seed, step)."""
+    rng = generator(seed, step, "noise")
     return torch.from_numpy(scale * rng.gumbel(size=shape).astype(np.float32))
 
 
@@ -85,30 +85,36 @@ def latent_kl(p, ids, logits, n):
 
 # ----------------------------------------------------------------- the passes that they are made of
 
-def explicit_loss(llm, seq):
-    """SFT, one pass over X <bot> S <eot> Ans: the mean −log q of the tokens of S and Ans."""
-    hidden = llm(llm.wte(seq.ids), seq.pos, index=seq.predict_index)           # (B, P, C)
+def text_loss(llm, seq, z=None, mask_of=None):
+    """The mean −log p of the text of a Layout, its latents z (B, N, C) being read where they stand.
+
+    mask_of: a function of the Layout, or None: causal. With the layout of sup_batch and
+    supervision_mask it is ℓ_sup; with that of chain_batch, causal, it is the loss of a
+    continuation, and without latents that of SFT.
+    """
+    x = llm.wte(seq.ids)                                                       # (B, T, C)
+    if z is not None:
+        x = insert_latents(x, z, seq.latent)
+    mask = mask_of and mask_of(seq)                                            # (B, T, T)
+    hidden = llm(x, seq.pos, mask, index=seq.predict_index)                    # (B, P, C)
     return weighted_nll(llm.head(hidden), seq.target, seq.loss_weight)
 
 
-def bag_loss(encoder, enc, chunks, n_ordinary, parts=Parts()):
-    """The encoder alone, one pass over the layout `enc`: KL(bag ‖ α). chunks int64 (B, N, c)."""
-    states = summary_states(encoder, enc, parts.encoder_mask)                  # (B, N, C)
-    return bag_kl(ordinary_softmax(encoder.head(states), n_ordinary), chunks, enc.n)
+def sup_losses(llm, z, batch, c, continued, k, mask_of=supervision_mask):
+    """Phase 1: (ℓ_sup of the problems that are not continued, the loss of those that are).
 
-
-def sup_loss(encoder, llm, enc, seq, chunks, n_ordinary, top_k=0, parts=Parts()):
-    """Phase 1: (ℓ_sup, with the term of the followed text if `seq` has one; the KL of bag_kl).
-
-    One pass of the encoder computes all summaries of the layout `enc`, one pass of the LLM all
-    continuations of the layout `seq`. chunks int64 (B, N, c), from encoder.chunk_tokens.
+    z (B, N, C) of a data.Batch; continued, k: which of its problems are, and after how many latents
+    each, from encoder.draw_continuations. Each is a mean over its own problems, or 0 without any.
     """
-    states = summary_states(encoder, enc, parts.encoder_mask)                  # (B, N, C)
-    alpha, z = parts.latent(encoder, states, llm.wte.weight, n_ordinary, top_k)
-    x = insert_latents(llm.wte(seq.ids), z, seq.latent)                        # (B, T, C)
-    hidden = llm(x, seq.pos, parts.llm_mask(seq), index=seq.predict_index)     # (B, P, C)
-    sup = weighted_nll(llm.head(hidden), seq.target, seq.loss_weight)
-    return sup, bag_kl(alpha, chunks, enc.n)
+    others = np.setdiff1d(np.arange(len(z)), continued)
+    sup = cont = z.new_zeros(())
+    if len(others):
+        seq = sup_batch(batch.some(others), c).to(z.device)
+        sup = text_loss(llm, seq, z[others], mask_of)
+    if len(continued):
+        seq = chain_batch(batch.some(continued), c, k).to(z.device)
+        cont = text_loss(llm, seq, z[continued])
+    return sup, cont
 
 
 def read_chain(llm, seq, z):

@@ -7,8 +7,9 @@
 Two things differ from an ordinary GPT, and both are for latent tokens. The input is a sequence of
 vectors, so that a weighted mean of token embeddings can be fed as well as a token. And three things
 are separate: where a vector is stored (its slot), which position embedding it gets (its position),
-and which slots it attends to (its row of the mask). So one pass can hold several continuations of
-the same prefix: they occupy different slots, start at the same position and do not see each other.
+and which slots it attends to (its row of the mask). So one pass can hold a chunk of text and the
+latent token that stands for it: in different slots, the latent at the position of the chunk's last
+token, and neither seeing the other.
 
 Shapes, here and in every file:
     B  batch           T  slots fed in this call         A  slots attended to: the cache's, then T
@@ -61,15 +62,15 @@ class KVCache:
 
 
 def gather_slots(x, index):
-    """Of x (B, H, T, D) the slots in `index`, int64 (B, P): (B, H, P, D)."""
+    """The slots in `index`, int64 (B, P), of x (B, *, T, *): (B, *, P, *)."""
     return x.gather(2, index[:, None, :, None].expand(-1, x.size(1), -1, x.size(3)))
 
 
 class Attention(nn.Module):
     """Multi-head attention of the T slots, or of the P in `index`, to all that they may see.
 
-    x (B, T, C); bias float (B, 1, T, A): 0 where a slot is visible, -inf elsewhere; index int64
-    (B, P) or None. Returns (B, T or P, C).
+    x (B, T, C); bias float, broadcast to (B, 1, T, A): 0 where a slot is visible, -inf elsewhere;
+    index int64 (B, P) or None. Returns (B, T or P, C).
     """
 
     def __init__(self, config, layer):

@@ -28,6 +28,7 @@ LOSS = ["drop", "lose", "sell", "use"]
 TOP = 20          # no value is larger: arithmetic is a small table, and the steps are what is hard
 CLAUSES = (1, 2)  # the fewest and the most after the sum
 AS_TOLD = 0.9
+FREE = 3          # steps that need nothing of each other, the first ones
 
 
 def free_step(rng, name, things, start):
@@ -43,7 +44,7 @@ def free_step(rng, name, things, start):
 def free_steps(rng, things):
     """Three of them, whose sum is small. No two start from one number: so it names its step."""
     while True:
-        names, starts = rng.sample(NAMES, 3), rng.sample(range(2, 11), 3)
+        names, starts = rng.sample(NAMES, FREE), rng.sample(range(2, 11), FREE)
         steps = [free_step(rng, name, things, start) for name, start in zip(names, starts)]
         if sum(value for _, _, value in steps) <= TOP:
             return steps
@@ -68,7 +69,7 @@ def draw_links(rng, total, count):
         if len({operation for _, operation in clauses}) < count:
             continue  # it would be open which of the two clauses a step has taken
         if if_odd == "/2" or if_odd[0] == if_even[0]:
-            continue
+            continue  # an odd number has no half, and the two must differ in kind
         todo = [rule]
         for clause in clauses:
             todo += [(clause, clause), rule]

@@ -6,14 +6,16 @@ The model starts as the LLM of phase 1, which can read latents. A problem is now
 X <bot> z₀ … z_{n-1} <eot> Ans, made of the α that phase 2 stored, under the causal mask. The
 model's next-token distribution must match α_i at the slot before z_i (L_lat), and predict <eot> and
 the answer after the last z (L_exp). At every update the α are perturbed anew with Gumbel noise, in
-the input and in the target, so that the model sees many chains around the stored one. It is scored
-by latent decoding: it feeds itself latents until it predicts <eot>, then writes the answer.
+the input and in the target, so that the model sees many chains around the stored one. With
+--on-policy the input of some problems is what the model thinks itself; the target stays. It is
+scored by latent decoding: it feeds itself latents until it predicts <eot>, then writes the answer.
 Next: analyze.py
 """
-from encoder import latent_batch, superpose_sparse
+from decode import with_own_latents
+from encoder import draw_rows, generator, latent_batch, superpose_sparse
 from lab.ablations import hidden_loss
 from lab.evaluate import evaluate
-from lab.files import Store, build, load
+from lab.files import Store, build, load, require
 from lab.optim import Optimizer, schedule
 from lab.run import Run
 from lab.setup import compile_blocks, setup, start
@@ -21,17 +23,15 @@ from lab.sources import splits
 from losses import gumbel_noise, gumbel_perturb, latent_loss
 
 
-def train_latent(llm, store, train, val, args, env, **made_of):
+def train_latent(llm, store, caps, train, val, args, env, **made_of):
     """Minimise L_auto = L_exp + L_lat; the score is the accuracy of latent decoding on `val`."""
     c, K = args.chunk_size, store.values.shape[1]
-    caps = train.caps(c)
-    train.make_buckets(chain_slots=1 / c)
     compile_blocks([llm], args)
     optimizer = Optimizer([llm], args.lr)
     run = Run("latent", args, env, {"llm": llm}, optimizer, args.steps, made_of)
     for step in run:
-        batch = train.train_batch(step, args.batch_size, args.seed)
-        seq = latent_batch(batch, c).to(env.device)
+        batch = train.train_batch(step, args.batch_size, args.seed, chain_slots=1 / c)
+        seq = latent_batch(batch, c, store.n[batch.rows]).to(env.device)
         values, ids = store.read(batch.rows, seq.summary_index.size(1))        # (B, N, K)
         noise = gumbel_noise(args.seed, step, values.shape, args.noise).to(env.device)
         values, ids = values.to(env.device), ids.to(env.device)
@@ -41,6 +41,8 @@ def train_latent(llm, store, train, val, args, env, **made_of):
             else:
                 p = gumbel_perturb(values, noise)                              # (B, N, K)
                 z = superpose_sparse(p, ids, llm.wte.weight)                   # (B, N, C)
+                rows = draw_rows(generator(args.seed, step, "on-policy"), len(z), args.on_policy)
+                z = with_own_latents(z, rows, llm, env.tokenizer, batch, c, K)
                 exp, lat = latent_loss(llm, seq, z, p, ids)
         loss = exp + lat
         loss.backward()
@@ -55,14 +57,15 @@ def main(argv=None):
     args, env = setup(__doc__, "latent", argv)
     train, val = splits(args, env)
     made_of = {"data": train.fingerprint, "sup": env.parent["id"]}
-    latents = load(args.out / "latents", **made_of)
+    require(env.store, **made_of)
     store = Store(args.out / "latents")
-    env.settings.update(store_top_k=store.values.shape[1], caps=list(train.caps(args.chunk_size)))
+    caps = int(store.n.max()), train.caps(args.chunk_size)[1]
+    env.settings.update(store_top_k=store.values.shape[1], caps=list(caps))
     begin = env.parent
     if args.start == "sft":
         begin = load(args.out / "sft.pt", id=env.parent["made_of"]["sft"])
     llm = build(begin, "llm", env.device)
-    train_latent(llm, store, train, val, args, env, latents=latents["id"], **made_of)
+    train_latent(llm, store, caps, train, val, args, env, latents=env.store["id"], **made_of)
     print(f"next: python analyze.py --out {args.out}")
 
 

@@ -1,7 +1,7 @@
 """Ablations: what the flags of train_sup.py put in the place of a part of the method.
 
     --ltim off         encoder_mask   a summary token sees the earlier ones
-    --ltsum local      llm_mask       a chunk sees the z before it and itself, as in the released code
+    --ltsum local      llm_mask       a chunk sees the z before it and itself (the released code)
     --ltsum off        llm_mask       all text of earlier chunks is seen beside the latents
     --latents hidden   latent         z is the encoder's last hidden state itself, without any α
 
@@ -9,49 +9,32 @@ Hidden states are stored whole, and phase 3 learns them by regression.
 """
 import torch
 
-from encoder import (Parts, alpha_and_latent, causal_mask, induction_mask, ordinary_softmax,
-                     supervision_mask)
+from encoder import Parts, alpha_and_latent, induction_mask, ordinary_softmax, supervision_mask
 from losses import mean_over_latents, read_chain, weighted_nll
 
 
 def parts_of(args):
     """The encoder.Parts of a run. args: its settings, with ltim, ltsum and latents."""
     return Parts(
-        encoder_mask=induction_mask if args.ltim == "on" else open_induction_mask,
+        encoder_mask=induction_mask if args.ltim == "on" else None,  # None: causal
         llm_mask={"on": supervision_mask, "local": local_supervision_mask,
-                  "off": open_supervision_mask}[args.ltsum],
+                  "off": None}[args.ltsum],
         latent=hidden_latent if args.latents == "hidden" else alpha_and_latent)
 
 
 # -------------------------------------------------------------------------------------------- masks
 
-def open_induction_mask(layout):
-    """No LTIM: None, the causal mask."""
-    return None
-
-
 def local_supervision_mask(layout):
     """As in the released code: a chunk sees the z just before it and itself, not even X.
 
-    The latents, the answer and the text that is followed to the end, which begins with a chunk, see
-    what they see under `supervision_mask`. A Layout -> bool (B, T, T).
+    The latents and the answer see what they see under `supervision_mask`. A Layout -> bool
+    (B, T, T).
     """
     key, query = layout.segment[:, None, :], layout.segment[:, :, None]
     n = layout.latent.amax(1)[:, None, None]
     next_chunk = (query > 0) & (query < n)
     own_latent = layout.latent[:, None, :] == query  # z_i, stored as i + 1, is before text i + 1
     return supervision_mask(layout) & (~next_chunk | (key == query) | own_latent)
-
-
-def open_supervision_mask(layout):
-    """No LTSuM. Causal, so that all text of earlier chunks is seen beside the latents.
-
-    Only the text that is followed to the end, which begins with a chunk, is still seen by itself
-    alone. A Layout -> bool (B, T, T).
-    """
-    key, query = layout.segment[:, None, :], layout.segment[:, :, None]
-    n = layout.latent.amax(1)[:, None, None]
-    return causal_mask(key.size(2), key.device) & ((key <= n) | (key == query))
 
 
 # ------------------------------------------------------------------------------------ hidden states

@@ -32,27 +32,25 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 import lab.setup
-from data import Batch, Problems, Tokens
+from data import Problems
 from decode import decode, question_prompt
-from encoder import (Layout, Parts, chunk_tokens, count_chunks, draw_followed, encoder_batch,
-                     explicit_batch, insert_latents, latent_batch, llm_batch, ordinary_softmax,
-                     summary_states, superpose_sparse, top_k_renormalized)
+from encoder import (chain_batch, chunk_tokens, count_chunks, draw_continuations,
+                     encoder_batch, latent_batch, ordinary_softmax, summary_states, sup_batch,
+                     superpose_sparse, text_batch, top_k_renormalized)
 from lab.files import Store, StoreWriter, UserError
 from lab.flags import SHAPE, flags_of
 from lab.optim import Optimizer
-from losses import (bag_loss, explicit_loss, gumbel_noise, gumbel_perturb, latent_loss, sup_loss,
-                    weighted_nll)
+from losses import (bag_kl, gumbel_noise, gumbel_perturb, latent_loss, sup_losses, text_loss)
 from model import GPT, Attention, GPTConfig, gather_slots
 
 # as measured: ordinary tokens; tokens of a question and of a chain, their mean and spread
 PRESETS = {
     "toy": (410, (54.6, 1.5), (55, 6)),
-    "easy": (5761, (39, 8), (18, 5)),
-    "gsm8k": (16461, (55, 21), (24, 11)),
+    "easy": (4355, (39, 8), (18, 5)),
+    "gsm8k": (13838, (55, 21), (24, 11)),
 }
 TRAINING = ("sft", "phase 1", "phase 3")
 PASSES = 6  # batches that a job runs, about an epoch
-CAUSAL = Parts(encoder_mask=lambda layout: None, llm_mask=lambda layout: None)
 
 
 # ---------------------------------------------------------------------------------------- measuring
@@ -97,8 +95,8 @@ def stand_in(n_ordinary):
         return [int(word) for word in text.replace("#### ", "").split()]
 
     ids = dict(zip(("eos", "bot", "eot", "sum"), range(n_ordinary, n_ordinary + 4)))
-    return SimpleNamespace(encoding=SimpleNamespace(encode_ordinary=encode), **ids,
-                           n_ordinary=n_ordinary, n_vocab=-(-(n_ordinary + 4) // 64) * 64)
+    return SimpleNamespace(encode=encode, **ids, n_ordinary=n_ordinary,
+                           n_vocab=-(-(n_ordinary + 4) // 64) * 64)
 
 
 def some_problems(tokenizer, count, args, x, s):
@@ -121,7 +119,7 @@ def random_store(folder, problems, c, n_ordinary):
     writer = StoreWriter(folder, total, K)
     writer.values[:] = rng.dirichlet([0.1] * K, total)
     writer.ids[:] = rng.integers(0, n_ordinary, (total, K))
-    writer.finish(n.cumsum() - n, settings={}, made_of={}, made_by={})
+    writer.finish(n, n.cumsum() - n, settings={}, made_of={}, made_by={})
     return Store(folder)
 
 
@@ -151,49 +149,59 @@ class Bench:
     def draw_batches(self, name):
         """The batches of a phase's loop."""
         c = self.args.chunk_size
-        self.problems.make_buckets({"sft": 1, "phase 1": 1.5 + 1 / c, "phase 3": 1 / c}[name])
+        chain_slots = {"sft": 1, "phase 1": 1 + 1 / c, "phase 3": 1 / c}[name]
         for step in range(PASSES):
-            yield self.problems.train_batch(step, self.args.batch_size, 0)
+            yield self.problems.train_batch(step, self.args.batch_size, 0, chain_slots)
 
     def inputs(self, name, batch):
         """The data path: what the phase's loop makes of a batch."""
         c, tokenizer = self.args.chunk_size, self.env.tokenizer
         if name == "sft":
-            return (explicit_batch(batch),)
+            return (text_batch(batch),)
         if name == "phase 1":
-            follow = draw_followed(batch, c, seed=0, step=1)                   # (B,)
-            seq = llm_batch(batch, c, follow, self.args.follow)
-            return encoder_batch(batch, c, tokenizer.sum), seq, chunk_tokens(batch, c)
+            return encoder_batch(batch, c, tokenizer.sum), chunk_tokens(batch, c)
         if name == "compress":
             return (encoder_batch(batch, c, tokenizer.sum),)
-        seq = latent_batch(batch, c)
+        seq = latent_batch(batch, c, self.store.n[batch.rows])
         values, ids = self.store.read(batch.rows, seq.summary_index.size(1))   # (B, N, K)
         return seq, values, ids, gumbel_noise(0, 1, values.shape)
 
-    def loss(self, name, inputs):
-        """What the phase's loop makes of its inputs."""
-        inputs = [x.to(self.env.device) for x in inputs]
+    def loss(self, name, batch):
+        """What the phase's loop makes of a batch."""
+        inputs = [x.to(self.env.device) for x in self.inputs(name, batch)]
         with self.env.autocast():
             if name == "sft":
-                return explicit_loss(self.llm, *inputs)
+                return text_loss(self.llm, *inputs)
             if name == "phase 1":
-                return sum(sup_loss(self.encoder, self.llm, *inputs, self.env.tokenizer.n_ordinary,
-                                    self.args.top_k, self.env.parts))
+                return self.phase_1_loss(batch, *inputs)
             seq, values, ids, noise = inputs
             p = gumbel_perturb(values, noise)                                  # (B, N, K)
             z = superpose_sparse(p, ids, self.llm.wte.weight)                  # (B, N, C)
             return sum(latent_loss(self.llm, seq, z, p, ids))
 
+    def phase_1_loss(self, batch, enc, chunks):
+        c, parts = self.args.chunk_size, self.env.parts
+        states = summary_states(self.encoder, enc, parts.encoder_mask)         # (B, N, C)
+        alpha, z = parts.latent(self.encoder, states, self.llm.wte.weight,
+                                self.env.tokenizer.n_ordinary, self.args.top_k)
+        continued, k = draw_continuations(batch, c, self.args.continuation, 0.25, seed=0, step=1)
+        sup, cont = sup_losses(self.llm, z, batch, c, continued, k, parts.llm_mask)
+        return sup + cont + bag_kl(alpha, chunks, enc.n)
+
     # the jobs
 
     def train(self, name, passes=PASSES):
         for batch in self.batches[name][:passes]:
-            self.loss(name, self.inputs(name, batch)).backward()
+            self.loss(name, batch).backward()
             self.optimizers[name].step(1.0)
 
     def data_path(self, name):
         for batch in self.draw_batches(name):
             self.inputs(name, batch)
+            if name == "phase 1":  # sup_losses lays out a half of the batch in each way
+                half, c = len(batch.rows) // 2, self.args.chunk_size
+                sup_batch(batch.some(np.arange(half)), c)
+                chain_batch(batch.some(np.arange(half)), c, [0] * half)
 
     @contextlib.contextmanager
     def eager(self):
@@ -246,94 +254,11 @@ class Bench:
         if name.endswith("decoding"):
             latent = name.startswith("latent")
             return sum(len(batch.rows) * sum(self.caps(batch, latent)) for batch in batches)
-        layouts = [x for batch in batches for x in self.inputs(name, batch)
-                   if isinstance(x, Layout)]
-        # but for a row's first slot, only padding stands at 0
-        return sum(len(x.pos) + int((x.pos > 0).sum()) for x in layouts)
-
-
-# ---------------------------------------------------------------------- what it is compared with
-
-class Plain:
-    """What the layouts, the cache and the batches replace, for half a batch of one problem."""
-
-    def __init__(self, bench):
-        self.bench, self.device = bench, bench.env.device
-        c, B = bench.args.chunk_size, -(-bench.args.batch_size // 2)
-        sum_id = bench.env.tokenizer.sum
-        row = bench.problems.order[len(bench.problems) // 2:][:1]  # of middle length
-        p = bench.problems.batch(row, row).problems[0]
-        self.one, self.many = copies(p, 1), copies(p, B)
-        self.enc = encoder_batch(self.many, c, sum_id).to(self.device)
-        self.seq = llm_batch(self.many, c).to(self.device)
-        self.chunks = chunk_tokens(self.many, c).to(self.device)               # (B, N, c)
-        shape = (*self.enc.summary_index.shape, bench.args.n_embd)
-        self.z = torch.randn(shape, device=self.device, requires_grad=True)    # (B, N, C)
-        # for each i the chain S₀ … S_i, and S_{i+1} or the answer in place of the answer
-        parts = [copies(Tokens(p.question, p.chain[:end], p.chain[end:end + c] or p.answer), B)
-                 for end in range(c, len(p.chain) + c, c)]
-        # X <bot> S₀ … S_i L, the chain as one chunk, and X <bot> z₀ … z_i S_{i+1}
-        whole = bench.args.block_size
-        self.encs = [encoder_batch(part, whole, sum_id).to(self.device) for part in parts]
-        self.seqs = [latent_batch(part, c).to(self.device) for part in parts]
-
-    def pairs(self):
-        """{name: (the fast way, the plain way)}: jobs that return the same."""
-        n, bench = len(self.seqs), self.bench
-        return {
-            "one_pass_summaries": (
-                lambda: self.bag(self.enc, self.chunks),
-                lambda: sum(self.bag(enc, self.chunks[:, i:i + 1], CAUSAL)
-                            for i, enc in enumerate(self.encs)) / n),
-            "one_pass_ltsum": (
-                lambda: self.sup(self.seq),
-                lambda: sum(self.sup(seq, CAUSAL) for seq in self.seqs) / n),
-            "cached_decoding": (
-                lambda: bench.decode(False, [self.many]),
-                lambda: self.uncached(self.many)),
-            "batched_decoding": (
-                lambda: bench.decode(True, [self.many]),
-                lambda: bench.decode(True, [self.one] * len(self.z)))}
-
-    def bag(self, enc, chunks, parts=Parts()):
-        """The bag loss of these chunks, in a pass of the encoder over a layout, and backward."""
-        n_ordinary = self.bench.env.tokenizer.n_ordinary
-        with self.bench.eager():
-            loss = bag_loss(self.bench.encoder, enc, chunks, n_ordinary, parts)
-        return self.backward(loss)
-
-    def sup(self, seq, parts=Parts()):
-        """The loss of what a layout predicts, in a pass of the LLM over it, and backward."""
-        llm = self.bench.llm
-        with self.bench.eager():
-            x = insert_latents(llm.wte(seq.ids), self.z, seq.latent)           # (B, T, C)
-            hidden = llm(x, seq.pos, parts.llm_mask(seq), index=seq.predict_index)
-            loss = weighted_nll(llm.head(hidden), seq.target, seq.loss_weight)
-        return self.backward(loss)
-
-    def backward(self, loss):
-        loss.backward()
-        for p in (self.z, *self.bench.llm.parameters(), *self.bench.encoder.parameters()):
-            p.grad = None
-        return loss.detach()
-
-    @torch.no_grad()
-    def uncached(self, batch):
-        """Explicit decoding of equally long problems that reads all anew for each token."""
-        llm, tokens = self.bench.llm, []
-        x, _, _ = question_prompt(llm, batch, self.device)                     # (B, T, C)
-        with self.bench.eager():
-            for _ in range(self.bench.caps(batch, latent=False)[1]):
-                last = torch.full((len(x), 1), x.size(1) - 1, device=self.device)
-                tokens.append(llm.head(llm(x, index=last))[:, 0].argmax(1))
-                x = torch.cat([x, llm.wte(tokens[-1])[:, None]], 1)
-        return torch.stack(tokens, 1).tolist()
-
-
-def copies(problem, B):
-    """A Batch of B times the same problem."""
-    lengths = tuple(np.array([len(tokens)]) for tokens in problem)
-    return Batch(np.zeros(B, np.int64), [problem] * B, lengths)
+        c = self.args.chunk_size
+        n = sum(count_chunks(len(p.chain), c) for batch in batches for p in batch.problems)
+        x, s, a = (sum(len(p[i]) for batch in batches for p in batch.problems) for i in range(3))
+        return {"sft": x + s + a, "compress": x + s + n, "phase 3": x + n + a,
+                "phase 1": 2 * (x + s + n) + a}[name]
 
 
 class FusedAttention(Attention):
@@ -375,16 +300,13 @@ def measure_parts(bench, repeats):
     return 2 * size ** 3 / statistics.median(times["matmul"]), table
 
 
-def compare(bench, repeats):
-    """{name: time of the plain way over the fast one; of attention by hand over torch's}."""
-    plain, fused = Plain(bench), Bench(bench.args, bench.env, FusedAttention)
-    pairs = plain.pairs()
-    for name in TRAINING:
-        pairs["attention_" + name.replace(" ", "_")] = [partial(one.train, name, passes=2)
-                                                        for one in (fused, bench)]
-    jobs = {(name, way): job for name, pair in pairs.items() for way, job in enumerate(pair)}
+def compare_attention(bench, repeats):
+    """{loop: time of a training step with attention by hand over that with torch's}."""
+    fused = Bench(bench.args, bench.env, FusedAttention)
+    jobs = {(name, one): partial(one.train, name, passes=2)
+            for name in TRAINING for one in (bench, fused)}
     times = timed(jobs, repeats, bench.env.device)
-    return {name: quotient(times[name, 1], times[name, 0]) for name in pairs}
+    return {name: quotient(times[name, bench], times[name, fused]) for name in TRAINING}
 
 
 def print_parts(table):
@@ -431,13 +353,12 @@ def main(argv=None):
         print(f"{machine}, torch {torch.__version__}; a matrix product of {args.dtype} runs at "
               f"{rate / 1e9:.1f} GFLOP/s")
         print_parts(parts)
-        ratios = compare(bench, repeats)
-        latent, explicit = (parts[f"{way} decoding"]["ms"] for way in ("latent", "explicit"))
-        ratios["latent_over_explicit"] = latent / explicit
-        print("\nratios", *(f"{name} {value:.2f}" for name, value in ratios.items()))
+        attention = compare_attention(bench, repeats)
+        print("\nattention by hand over torch's:",
+              *(f"{name} {value:.2f}" for name, value in attention.items()))
         if args.json:
             content = dict(machine=machine, settings=env.settings, matmul_gflops=rate / 1e9,
-                           parts=parts, ratios=ratios)
+                           parts=parts, attention=attention)
             args.json.write_text(json.dumps(content, indent=1) + "\n", "utf-8")
 
 

@@ -1,6 +1,6 @@
 """Files: what a script writes, and how a later one reads it.
 
-    save(path, settings, made_of, models, step=…)      # a checkpoint, with the id of its weights
+    save(path, settings, made_of, made_by, models)     # a checkpoint, with the id of its weights
     saved = load(path, settings, sup=parent["id"])     # or one sentence why it is not the right one
     llm = build(saved, "llm", device)
 
@@ -119,8 +119,8 @@ def load(path, settings={}, **made_of):
     """What was saved at `path`, a .pt file or the folder of a store: a dict, on the CPU.
 
     settings, made_of  what it must have been made with, and made of; id: which file it must be
-    No code in the file is run. Raises UserError where it is missing, damaged, of another version, or
-    made with or of something else.
+    No code in the file is run. Raises UserError where it is missing, damaged, of another version,
+    or made with or of something else.
     """
     script = MAKES.get(path.name.split(".")[0])
     again = (f"make it again with: python {script} --overwrite --out {path.parent}" if script
@@ -139,6 +139,14 @@ def load(path, settings={}, **made_of):
         raise UserError(f"{path}: not a file of this project ({type(error).__name__}); {again}")
     if version != VERSION:
         raise UserError(f"{path}: of version {version} of this project, not {VERSION}; {again}")
+    saved["path"], saved["again"] = path, again
+    require(saved, settings, **made_of)
+    return saved
+
+
+def require(saved, settings={}, **made_of):
+    """Raises UserError where a file, as `load` returns it, was made with or of something else."""
+    path, again = saved["path"], saved["again"]
     for field, value in settings.items():
         if saved["settings"].get(field) != value:
             raise UserError(f"{path} was made with {field} = {saved['settings'].get(field)}, here "
@@ -147,7 +155,6 @@ def load(path, settings={}, **made_of):
         if (saved["made_of"] | {"id": saved["id"]}).get(field) != value:
             why = OTHER.get(field, f"belongs to another {field} than the one beside it")
             raise UserError(f"{path} {why}; {again}")
-    return saved | {"path": path}
 
 
 def build(saved, name, device):
@@ -174,12 +181,16 @@ class StoreWriter:
             np.lib.format.open_memmap(self.part / f"{name}.npy", "w+", dtype, shape)
             for name, dtype in (("values", np.float32), ("ids", np.int32)))
 
-    def finish(self, offsets, settings, made_of, made_by):
-        """Move it into its place. offsets int64 (problems,): where each problem's rows begin."""
+    def finish(self, n, offsets, settings, made_of, made_by):
+        """Move it into its place.
+
+        n, offsets int64 (problems,): each problem's latents, and where its rows begin.
+        """
         self.values.flush()
         self.ids.flush()
+        np.save(self.part / "n.npy", n)
         np.save(self.part / "offsets.npy", offsets)
-        arrays = {"values": self.values, "ids": self.ids, "offsets": offsets}
+        arrays = {"values": self.values, "ids": self.ids, "offsets": offsets, "n": n}
         write_json(self.part / "meta.json", {
             "version": VERSION, "settings": settings, "made_of": made_of, "made_by": made_by,
             "id": identity(arrays)})
@@ -191,9 +202,9 @@ class Store:
     """The α of phase 2 (see compress.py for its files), mapped into memory."""
 
     def __init__(self, folder):
-        self.values, self.ids, self.offsets = (
+        self.values, self.ids, self.offsets, self.n = (
             np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False)
-            for name in ("values", "ids", "offsets"))
+            for name in ("values", "ids", "offsets", "n"))
 
     def read(self, rows, N):
         """The α of these problems: values float32, ids int64, both (B, N, K).

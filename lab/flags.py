@@ -13,6 +13,7 @@ from lab.gpt2 import GPT2
 from lab.sources import EASY_LENGTH, EASY_NUMBER, EASY_STEPS
 
 SHAPE = ("n_layer", "n_head", "n_embd", "block_size")
+SHARES = ("as-told", "continuation", "on-policy")
 PROBLEMS = ("data", "cot", "easy", "renumber", "as_told", "seed")  # they decide what these are
 
 
@@ -29,8 +30,8 @@ ALL, LEARN = "sup compress latent analyze", "sft sup latent explicit no_cot"
 TEXT = "sft explicit no_cot"  # the loops of the warm-up and of the baselines
 
 
-def by_data(toy, gsm8k, easy):
-    return {"toy": toy, "gsm8k": gsm8k, "easy": easy}
+def by_data(*values):
+    return dict(zip(("toy", "gsm8k", "easy"), values))
 
 
 FLAGS = {
@@ -49,6 +50,9 @@ FLAGS = {
         Flag("as-told", "sup", LEARN, 0.0, toy.AS_TOLD, "toy task: share of the chains that take "
              "the free steps in the order of the question (default: 0.9; 0.167 = all six orders "
              "alike)"),
+        Flag("paths", "compress", "", ("own", "all", "parallel"), "own", "own: α of each problem's "
+             "own chain (default); all: the mean over all its chains; parallel: and steps that "
+             "need none of each other's results share their place"),
         Flag("batch-size", "sup compress latent", LEARN, 1, by_data(32, 16, 32),
              "problems in a batch"),
         Flag("batch-size", "analyze", "", 1, 128, "problems in a batch"),
@@ -74,7 +78,8 @@ FLAGS = {
              "updates of the explicit warm-up"),
         Flag("steps", "sup", "", 0, by_data(400, 1000, 900), "updates of phase 1"),
         Flag("steps", "latent", "", 0, by_data(250, 1000, 1000),
-             "updates (default: 250 for each token of a chunk on the toy task, else 1000)"),
+             "updates (default: 250 for each token of a chunk on the toy task, else 1000; six "
+             "times as many where a chain follows several paths)"),
         Flag("eval-every", "sup latent", "", 1, by_data(200, 500, 400),
              "updates between two evaluations, which also save"),
         Flag("compile", "sup latent", "", argparse.BooleanOptionalAction, None,
@@ -92,8 +97,8 @@ FLAGS = {
              "a half of this (default: 1; 0 = off)"),
         Flag("bag-steps", "sup", "sup", 0, by_data(60, 200, 100), "the first of --steps, in which "
              "the encoder learns by that loss alone (default: a share of --steps)"),
-        Flag("follow", "sup", "sup", 0.0, 1.0, "weight of the text that is followed to the end "
-             "after one z of each problem (default: 1; 0 = ℓ_sup without such a text)"),
+        Flag("continuation", "sup", "sup", 0.0, 0.5, "share of the problems in which the LLM "
+             "writes all the rest after some latents; ℓ_sup has the others (default: 0.5)"),
         Flag("encoder-first", "sup", "sup", 0, 0, "the LLM stays frozen for so many updates after "
              "--bag-steps, as in the released code (default: 0)"),
         Flag("ltim", "sup", "sup", ("on", "off"), "on",
@@ -104,6 +109,8 @@ FLAGS = {
              "the encoder's last hidden state, and phase 3 learns it by regression"),
         Flag("noise", "latent", "latent", 0.0, by_data(0.1, 1.0, 0.1), "scale of the Gumbel noise "
              "(default: 1, as in the paper; on the toy task and with --easy 0.1; 0 = off)"),
+        Flag("on-policy", "latent", "latent", 0.0, 0.0, "share of the problems of a batch whose "
+             "input is the latents that the model thinks itself (default: 0)"),
         Flag("start", "latent", "latent", ("sup", "sft"), "sup", "the LLM to start from: that of "
              "phase 1 (default), or the warm-up, which has never read a latent"),
     ],
@@ -168,10 +175,11 @@ def how_to_read(kind):
     return {"type": type(kind) if isinstance(kind, (int, float)) else kind}
 
 
-def fill_in(args, phase, parent):
-    """Fill in what was not given, in place. parent: phase 1's checkpoint, None in phase 1.
+def fill_in(args, phase, parent=None, store=None):
+    """Fill in what was not given, in place.
 
-    Raises UserError for a value out of range, or flags that make no sense together.
+    parent: phase 1's checkpoint, None in phase 1; store: what phase 2's store says of itself, in
+    phase 3. Raises UserError for a value out of range, or flags that make no sense together.
     """
     flags = flags_of(phase)
     for field, flag in flags.items():
@@ -187,8 +195,15 @@ def fill_in(args, phase, parent):
         if field not in given:
             by_data = isinstance(flag.default, dict)
             setattr(args, field, flag.default[preset] if by_data else flag.default)
-    if phase == "latent" and "steps" not in given:
-        args.steps *= args.chunk_size  # the more a latent token holds, the longer it takes
+    for field in ("top_k", "paths", "noise", "on_policy"):
+        if field in given and args.latents == "hidden":
+            raise UserError(f"--{field.replace('_', '-')} {getattr(args, field)}: a hidden state "
+                            "has no entries to choose from; leave it out")
+    if phase == "latent":
+        args.paths = store["settings"]["paths"]
+        if "steps" not in given:  # the more a latent token holds, the longer it takes
+            several = args.paths != "own" or args.on_policy > 0
+            args.steps *= 6 if several else args.chunk_size
     if phase == "sup":
         if "bag_steps" not in given:
             args.bag_steps = args.steps * args.bag_steps // flags["steps"].default[preset]
@@ -199,6 +214,8 @@ def require_in_range(flag, value):
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         if not flag.kind <= value < 2 ** 63:
             raise UserError(f"--{flag.name} {value}: must be a number from {flag.kind} up")
+        if flag.name in SHARES and value > 1:
+            raise UserError(f"--{flag.name} {value}: must be a share, 0 to 1")
 
 
 def require_sense(args, given):
@@ -206,8 +223,6 @@ def require_sense(args, given):
     if args.data == "toy" and (args.easy or args.renumber):
         raise UserError("--easy and --renumber are for GSM8K; the toy task draws new problems "
                         "already")
-    if args.as_told > 1:
-        raise UserError(f"--as-told {args.as_told}: must be a share, 0 to 1")
     if args.init != "scratch" and given.intersection(SHAPE):
         raise UserError(f"--init {args.init} has a shape of its own; leave out --n-layer, "
                         "--n-head, --n-embd and --block-size")
@@ -216,9 +231,6 @@ def require_sense(args, given):
                         "have; add --data gsm8k")
     if args.n_embd % args.n_head:
         raise UserError(f"--n-embd {args.n_embd} must be a multiple of --n-head {args.n_head}")
-    if args.latents == "hidden" and args.top_k:
-        raise UserError(f"--top-k {args.top_k}: a hidden state has no entries to choose from; "
-                        "leave it out")
     if args.bag and 0 < args.steps <= args.bag_steps:
         raise UserError(f"--steps {args.steps}: the first --bag-steps {args.bag_steps} of them are "
                         "for the encoder alone, so that nothing is left for the LLM; choose more "

@@ -1,8 +1,8 @@
 """What is measured: pure functions of α, of chains and of paths. No model runs here.
 
     measure_ecr          how much of its chunk a summary holds
-    measure_parallelism  how many reasoning paths one chain of latents follows: effective_paths and
-                         covered_spans; how α is shared among them, latent by latent: span_shares
+    measure_parallelism  how many reasoning paths one chain of latents follows: covered_spans, and
+                         effective_paths
     measure_shape        entropy, weight, norm and cosine along a chain
     count_errors         why answers written after a chain of text are wrong
 
@@ -24,6 +24,7 @@ from lab.numbers import to_number
 from lab.renumber import ALWAYS, NUMBER, PERCENT, constants_of, is_arithmetic, value_of
 
 FLOOR = 1e-6      # the mass of a span at least, since its logarithm is taken
+HALVES = 8        # bins of the histogram of covered spans: 0 … 0.5, 0.5 … 1, … 4
 COVER = 0.03      # a span is covered where each of its tokens has as much of α
 PATH_TOP_K = 100  # entries of α that count for a path
 PATH_BATCH = 8    # problems whose paths are compared at once: α is made dense for it, (B, N, V)
@@ -175,63 +176,28 @@ def effective_paths(mass, path, n):
     return torch.special.entr(share).sum(1).exp()
 
 
-def same_spans(path):
-    """Which paths have the same span at t, as sets: int64 (R, M, N, W) -> bool (R, M, M, N)."""
-    tokens = path.sort(3)[0]
-    return (tokens[:, :, None] == tokens[:, None]).all(4)
-
-
 def distinct_spans(path):
-    """Whether no earlier path has the same span at t, so that it counts once: bool (R, M, N).
+    """Whether no earlier path has the same span at t, as a set: bool (R, M, N).
 
     False in the rows of a problem that has fewer than M paths. The paths differ at t where more
     than one is True.
     """
-    M = path.size(1)
-    known = (path >= 0).flatten(2).any(2)                              # (R, M)
+    M, tokens = path.size(1), path.sort(3)[0]
+    same = (tokens[:, :, None] == tokens[:, None]).all(4)              # (R, M, M, N)
     earlier = torch.ones(M, M).tril(-1).bool()[:, :, None]             # (M, M, 1)
-    return ~(same_spans(path) & earlier).any(2) & known[:, :, None]    # (R, M, N)
+    known = (path >= 0).flatten(2).any(2)                              # (R, M)
+    return ~(same & earlier).any(2) & known[:, :, None]                # (R, M, N)
 
 
 def covered_spans(mass, path):
-    """The different spans covered at t, mean over the t where the paths differ: float (R,).
+    """(covered, most), int (R, N): the different spans that are covered at t, and all of them.
 
-    One path followed makes 1, none makes 0; NaN where the paths do not differ. A span is covered if
-    each of its tokens has the mass COVER. mass, path (R, M, N, W) as in `effective_paths`.
+    A span is covered if each of its tokens has the mass COVER. One path followed makes 1, none
+    makes 0. mass, path (R, M, N, W) as in `effective_paths`.
     """
     distinct = distinct_spans(path)                                    # (R, M, N)
-    differ = distinct.sum(1) > 1                                       # (R, N)
     covered = mass.where(path >= 0, torch.inf).amin(3) >= COVER        # (R, M, N)
-    count = (covered & distinct).sum(1)                                # (R, N)
-    return (count * differ).sum(1) / differ.sum(1)
-
-
-def span_mass(mass, path):
-    """α's mass on each path's span, on tokens that no different span has at t: float (R, M, N).
-
-    NaN at the latents where the paths do not differ, and where a span has no token of its own.
-    mass, path (R, M, N, W) as in `effective_paths`.
-    """
-    match = path[:, :, None, :, :, None] == path[:, None, :, :, None, :]   # (R, M, M, N, W, W)
-    other = ~same_spans(path)                                              # (R, M, M, N)
-    shared = (match.any(5) & other[..., None]).any(2)                      # (R, M, N, W)
-    own = (path >= 0) & ~shared
-    mass = (mass * own).sum(3)                                             # (R, M, N)
-    differ = distinct_spans(path).sum(1) > 1                               # (R, N)
-    every_path_has_some = own.any(3).all(1)                                # (R, N)
-    return mass.where((differ & every_path_has_some)[:, None], torch.nan)
-
-
-def span_shares(mass, path):
-    """(leading, effective), float (R, N): how the mass at t is shared among the different spans.
-
-    leading    the largest span's share of it
-    effective  exp of the entropy of the shares: 1 where one span has all, m where m have it alike
-    mass (R, M, N), from `span_mass`; NaN where that is, or where no span has any mass.
-    """
-    mass = mass.where(distinct_spans(path), 0).where(~mass.isnan(), torch.nan)
-    share = mass / mass.sum(1, keepdim=True)                               # (R, M, N)
-    return share.amax(1), torch.special.entr(share).sum(1).exp()
+    return (covered & distinct).sum(1), distinct.sum(1)
 
 
 # ------------------------------------------------------------------------ the paths of many chains
@@ -256,11 +222,11 @@ def paths_of_next_problems(token_paths):
     return found
 
 
-def along_paths(measure, latents, rows, token_paths, c):
-    """measure(mass, path, n) of those problems `rows` that have any latent: a list of tensors.
+def along_paths(latents, rows, token_paths, c):
+    """[covered, most (R, N), N_eff (R,)] of those problems `rows` that have any latent.
 
-    measure takes and returns tensors of some problems; rows int64 (R,); token_paths: for each of
-    them a list of paths.
+    covered and most are NaN where the paths do not differ. rows int64 (R,); token_paths: for each
+    of them a list of paths.
     """
     tokens, found = pad_paths(token_paths), []
     for index in torch.arange(len(rows)).split(PATH_BATCH):
@@ -268,18 +234,11 @@ def along_paths(measure, latents, rows, token_paths, c):
         n, ids = latents.n[r], latents.ids[r, :, :PATH_TOP_K]
         path = spans(tokens[index], n[:, None], c, ids.size(1))        # (B, M, N, W)
         mass = token_mass(latents.values[r, :, :PATH_TOP_K], ids, path)
-        found.append(measure(mass, path, n))
+        covered, most = covered_spans(mass, path)                      # (B, N)
+        found.append((covered.where(most > 1, torch.nan), most.where(most > 1, torch.nan),
+                      effective_paths(mass, path, n)))
     has_latents = latents.n[rows] > 0
     return [torch.cat(parts)[has_latents] for parts in zip(*found)]
-
-
-def follow(mass, path, n):
-    return effective_paths(mass, path, n), covered_spans(mass, path)   # (R,) each
-
-
-def by_order(mass, path, n):
-    on_span = span_mass(mass, path)                                    # (R, M, N)
-    return on_span, *span_shares(on_span, path)                        # (R, N) each
 
 
 def by_latent(x):
@@ -287,32 +246,29 @@ def by_latent(x):
     return [mean(column) for column in x.T]
 
 
-def measure_parallelism(chains, paths, tokenizer, c, orders):
+def measure_parallelism(chains, paths, c):
     """How many paths the chains of those problems follow that have two or more: a section.
 
-    None where fewer than two problems have them. chains {whose: Latents}; paths: for each problem
-    the texts of its known paths; orders: whether the m-th path is the same order of steps in all
-    problems, as in the toy task.
+    None where fewer than two problems have them. chains {whose: Latents}; paths {whose: for each
+    problem the tokens of its known paths}.
     """
-    rows = torch.tensor([r for r, known in enumerate(paths) if len(known) > 1])
+    count = torch.tensor([len(known) for known in paths["latent"]])
+    rows = (count > 1).nonzero()[:, 0]
     if len(rows) < 2:
         return None
-    own = [[tokenizer.encode(path) for path in paths[r]] for r in rows]
-    random = paths_of_next_problems(own)
-    count = torch.tensor([len(known) for known in own])
-    section = {"problems": len(rows), "paths": mean(count), "orders": {} if orders else None}
+    section = {"problems": len(rows), "paths": mean(count[rows])}
     for whose, latents in chains.items():
-        section[whose] = {}
-        for suffix, token_paths in (("", own), ("_random", random)):
-            n_eff, covered = along_paths(follow, latents, rows, token_paths, c)
-            section[whose] |= {f"n_eff{suffix}": mean(n_eff),
-                               f"above_1.7{suffix}": mean(n_eff > 1.7),
-                               f"covered{suffix}": mean(covered)}
-        if orders:
-            mass, leading, effective = along_paths(by_order, latents, rows, own, c)
-            section["orders"][whose] = {"mass": [by_latent(order) for order in mass.unbind(1)],
-                                        "leading": by_latent(leading),
-                                        "effective": by_latent(effective)}
+        own = [paths[whose][r] for r in rows]
+        covered, most, n_eff = along_paths(latents, rows, own, c)
+        random, _, n_eff_random = along_paths(latents, rows, paths_of_next_problems(own), c)
+        each = covered.nanmean(1)                                      # (R,)
+        bins = torch.histc(each[each.isfinite()], HALVES, 0, HALVES / 2)
+        section[whose] = {
+            "covered": mean(each), "covered_most": mean(most.nanmean(1)),
+            "covered_random": mean(random.nanmean(1)), "above_1.7": mean(each > 1.7),
+            "n_eff": mean(n_eff), "n_eff_random": mean(n_eff_random),
+            "histogram": (bins / bins.sum()).tolist(),
+            "by_latent": by_latent(covered), "most_by_latent": by_latent(most)}
     return section
 
 

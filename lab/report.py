@@ -17,6 +17,7 @@ LOOPS = {"sft": "Warm-up (sft)", "sup": "Phase 1 (sup)", "latent": "Phase 3 (lat
          "explicit": "Baseline: explicit", "no_cot": "Baseline: no chain of thought"}
 FIGURES = ("accuracy", "interval", "steps", "seconds", "unparseable", "capped")
 CHAINS = ("encoder", "latent")  # the encoder's summaries of the true chain; what the model thinks
+PATHS = ("covered", "covered_most", "covered_random", "above_1.7", "n_eff", "n_eff_random")
 HEAVIEST = 5                    # tokens of each latent that are shown
 SHOWN = 12                      # problems that were solved, and as many that were not
 LEFT, RIGHT, TOP, BOTTOM = 36, 352, 12, 172  # the edges of a chart, in units of its viewBox
@@ -161,7 +162,7 @@ def picture(problem, answer, strips, unfold=False):
 def pictures(problems, chains, chunks, tokenizer):
     """As HTML, the first problems that the latent model solved, then those that it did not.
 
-    chains {whose: Latents}; chunks int (R, chunks, c): the true chains' tokens.
+    chains {whose: Latents}; chunks {whose: int (R, chunks, c)}: the true chains' tokens.
     """
     answers = chains["latent"].answers
     solved = [row for row in range(len(problems)) if answers[row][1]]
@@ -171,7 +172,7 @@ def pictures(problems, chains, chunks, tokenizer):
         strips = {}
         for whose, latents in chains.items():
             n = latents.n[row]
-            strips[whose] = strip(latents.values[row, :n], latents.ids[row, :n], chunks[row],
+            strips[whose] = strip(latents.values[row, :n], latents.ids[row, :n], chunks[whose][row],
                                   tokenizer)
         html.append(picture(problems[row], answers[row], strips, unfold=not html))
     return html
@@ -206,18 +207,24 @@ def ecr_table(ecr):
 
 def path_figures(parallelism):
     """The section on parallel paths, which is empty where no problem has several (None)."""
-    content = {"paths": "None are known here.", "parallelism": ""}
-    orders = None
-    if parallelism is not None:
-        problems, paths, orders = (parallelism[key] for key in ("problems", "paths", "orders"))
-        content["paths"] = f"{problems} problems with {paths:.2f} valid paths on average."
-        content["parallelism"] = table({whose: dict(sorted(parallelism[whose].items()))
-                                        for whose in CHAINS})
-    content["hide"] = "" if orders else "hidden"  # the charts of the orders, which the toy task has
-    for figure in ("leading", "effective"):
-        series = {whose: orders[whose][figure] if orders else [] for whose in CHAINS}
-        content[f"order_{figure}"] = chart(series)
-    return content
+    if parallelism is None:
+        return {"paths": "None are known here.", "parallelism": "", "hide": "hidden",
+                "by_latent": "", "histogram": ""}
+    latent = parallelism["latent"]
+    text = (f"{parallelism['problems']} problems have {parallelism['paths']:.2f} valid paths on "
+            f"average. Where these differ, a latent of the model holds the steps of "
+            f"{latent['covered']:.2f} of them, and {latent['covered_most']:.2f} is the most there "
+            f"can be; in {100 * latent['above_1.7']:.0f} % of the problems it is more than 1.7.")
+    by_latent = {"encoder": parallelism["encoder"]["by_latent"], "latent": latent["by_latent"],
+                 "most": latent["most_by_latent"]}
+    halves = [i / 2 for i in range(len(latent["histogram"]))]
+    return {
+        "paths": text, "hide": "",
+        "parallelism": table({whose: {name: parallelism[whose][name] for name in PATHS}
+                              for whose in CHAINS}),
+        "by_latent": chart(by_latent),
+        "histogram": chart({whose: parallelism[whose]["histogram"] for whose in CHAINS}, halves,
+                           top=1)}
 
 
 def shape_charts(shape):

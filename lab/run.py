@@ -20,10 +20,10 @@ import torch
 from tqdm import tqdm
 
 from lab.files import UserError, build, load, remove, save, weights_id
-from lab.flags import settings_of
+from lab.flags import LEARN, settings_of
 
-LOOPS = ("sft", "sup", "latent", "explicit", "no_cot")
-MADE_OF = {  # what goes when a new model takes the place of the old one, since it was made of that
+LOOPS = LEARN.split()
+MADE_OF = {  # what goes when a new model takes the place of the old one: made of it, or after it
     "sft": ("sup", "explicit", "no_cot", "latents", "latent"),
     "sup": ("latents", "latent"),
     "explicit": ("no_cot",),
@@ -142,7 +142,8 @@ class Run:
 
     def write(self, path, **content):
         settings = self.env.settings | {"updates": self.steps}
-        save(path, settings, self.made_of, self.env.made_by, self.models, step=self.step, **content)
+        save(path, settings, self.made_of, self.env.made_by, self.models, step=self.step,
+             vocabulary=self.env.tokenizer.vocabulary, **content)
 
     def best_model(self, name):
         """(the GPT that this run kept, the id of its file)."""

@@ -10,30 +10,31 @@ from types import SimpleNamespace
 
 import torch
 
-from data import Tokenizer
+from data import Tokenizer, tokens_in_use
 from lab.ablations import parts_of
 from lab.files import UserError, load, lock
 from lab.flags import fill_in, flags_of, parser
 from lab.gpt2 import GPT2
 from lab.sources import load_problems
-from lab.vocabulary import vocabulary_texts
 
 
 def setup(doc, phase, argv=None):
     """Parse the flags of a phase (sup, compress, latent, analyze) and fill them in: (args, env).
 
     env  device, tokenizer, autocast (a context manager for a forward pass), parts (encoder.Parts),
-         parent (phase 1's checkpoint, None in phase 1), start (that of --init, or None), and what
-         goes into every file: settings and made_by
+         parent (phase 1's checkpoint, None in phase 1), store (phase 3: what the store says of
+         itself), init (the checkpoint of --init, or None), lock, and what goes into every file:
+         settings and made_by
     Raises UserError for a value that makes no sense, or an earlier phase that is missing.
     """
     args = parser(doc, phase).parse_args(argv)
     data = Path(getattr(args, "data", None) or "toy").absolute().name.removesuffix(".jsonl")
     args.out = args.out or Path("out", data)
-    init = getattr(args, "init", None) or "scratch"
-    start = None if init in ("scratch", *GPT2) else load(Path(init))
+    name = getattr(args, "init", None) or "scratch"
+    init = None if name in ("scratch", *GPT2) else load(Path(name))
     parent = None if phase == "sup" else load(args.out / "sup.pt")
-    fill_in(args, phase, parent)
+    store = load(args.out / "latents", sup=parent["id"]) if phase == "latent" else None
+    fill_in(args, phase, parent, store)
     device = choose_device(args)
     choose_precision(args, device)
     keep_freed_memory()
@@ -44,9 +45,9 @@ def setup(doc, phase, argv=None):
     print(phase, *(f"{k}={v}" for k, v in own.items() if v not in (None, False)))
     bfloat16 = args.dtype == "bfloat16"
     env = SimpleNamespace(
-        device=device, tokenizer=choose_tokenizer(args, parent or start), parts=parts_of(args),
+        device=device, tokenizer=choose_tokenizer(args, parent or init), parts=parts_of(args),
         autocast=lambda: torch.autocast(device.type, torch.bfloat16, bfloat16),
-        parent=parent, start=start, settings=settings, made_by=made_by(),
+        parent=parent, store=store, init=init, settings=settings, made_by=made_by(),
         lock=None if phase == "analyze" else lock(args.out))
     return args, env
 
@@ -86,24 +87,21 @@ def choose_precision(args, device):
 
 
 def choose_tokenizer(args, earlier):
-    """The toy task's; GPT-2's whole vocabulary for its weights, else what the training text needs.
+    """That of the checkpoint `earlier`; else the toy task's, or GPT-2's, cut to what is in use.
 
-    earlier: the checkpoint that the run goes on from, or None. Raises UserError where it has read
-    other tokens.
+    GPT-2's own weights have all of it. Raises UserError where the checkpoint reads another task.
     """
-    used = earlier and earlier["made_of"]["tokenizer"]
+    if earlier:
+        tokenizer = Tokenizer(**earlier["vocabulary"])
+        if (args.data == "toy") != (earlier["vocabulary"]["name"] == "toy"):
+            raise UserError(f"{earlier['path']} reads other tokens than --data {args.data} has")
+        return tokenizer
     if args.data == "toy":
-        tokenizer = Tokenizer("toy")
-    elif used == "gpt2" or args.init in GPT2:
-        tokenizer = Tokenizer("gpt2")
-    else:
-        train = load_problems(args.data, "train", args.data_dir, args.cot, args.seed,
-                              easy=args.easy)
-        tokenizer = Tokenizer("gpt2", vocabulary_texts(train))
-    if used not in (None, tokenizer.name):
-        raise UserError(f"{earlier['path']} reads other tokens ({used}) than the training text has "
-                        f"now ({tokenizer.name}); choose the data that it was made with")
-    return tokenizer
+        return Tokenizer("toy")
+    if args.init in GPT2:
+        return Tokenizer("gpt2")
+    train = load_problems(args.data, "train", args.data_dir, args.cot, args.seed, easy=args.easy)
+    return Tokenizer("gpt2", tokens_in_use(train))
 
 
 def made_by():

@@ -101,24 +101,34 @@ def parse_solved(line, cot):
         raise ValueError("expected 'question' and solutions with 'is_correct' and 'solution'")
 
 
-def known_paths(problems, name, data_dir, cot):
+def known_paths(problems, solved={}):
     """For each problem a list of the different chains that are known to be right.
 
-    The toy task makes all of its own; for GSM8K's test split OpenAI published solutions.
+    The toy task makes all of its own; otherwise they are those of the problems with the same
+    question and answer, and those of `solved`, {question: chains}.
     """
-    solved = {}
-    if name == "gsm8k":
-        file = Path(data_dir or "data/gsm8k") / "example_model_solutions.jsonl"
-        try:
-            fetch(file)
-            solved = dict(read(file, parse_solved, cot))
-        except UserError as error:
-            print(f"no chains but the given ones are known ({error})")
+    alike = {}
+    for p in problems:
+        alike.setdefault((p["question"], p["answer"]), []).append(p["chain"])
     paths = []
-    for problem in problems:
-        chains = problem.get("paths") or [problem["chain"], *solved.get(problem["question"], [])]
+    for p in problems:
+        others = [*alike[p["question"], p["answer"]], *solved.get(p["question"], [])]
+        chains = p.get("paths") or [p["chain"], *others]
         paths.append([chain for chain in dict.fromkeys(chains) if chain])
     return paths
+
+
+def published_solutions(args):
+    """{question: chains} that OpenAI published for GSM8K's test split; {} where there are none."""
+    if args.data != "gsm8k":
+        return {}
+    file = Path(args.data_dir or "data/gsm8k") / "example_model_solutions.jsonl"
+    try:
+        fetch(file)
+        return dict(read(file, parse_solved, args.cot))
+    except UserError as error:
+        print(f"no chains but the given ones are known ({error})")
+        return {}
 
 
 def load_split(args, split):

@@ -1,4 +1,4 @@
-"""Every ablation over several seeds in one command, as a table (sweep.md) and a page (sweep.html).
+"""Every ablation over several seeds in one command, as a table: sweep.md.
 
     python -m lab.sweep                               # all settings, seeds 0, 1 and 2
     python -m lab.sweep --list                        # the settings and their flags
@@ -12,8 +12,8 @@ in --out. The files of the earlier stages are linked into that folder, and the s
 them. The folder is named after the flags that led to it, so settings that agree up to a stage share
 it. What the script says is in stage.log.
 
-Stages run side by side. After Ctrl-C, or a crash, the same command goes on where it stopped. Table
-and page are written anew after every analysis.
+Stages run side by side. After Ctrl-C, or a crash, the same command goes on where it stopped. The
+table is written anew after every analysis.
 """
 import argparse
 import os
@@ -27,39 +27,39 @@ from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 
-from lab.files import UserError, lock, read_json, write_json
+from lab.files import UserError, lock, read_json, write, write_json
+from lab.report import cell
 from lab.setup import start
-from lab.sweep_page import in_words, write_results
 
 SETTINGS = [
-    # name, group, the flags that it adds to a stage
-    ("default", "default", {}),
-    ("baselines", "baselines", {"baselines": "--baselines"}),
-    ("baselines-c=4", "baselines", {"phase-1": "--chunk-size 4", "baselines": "--baselines"}),
-    ("c=1", "chunk size", {"phase-1": "--chunk-size 1"}),
-    ("c=4", "chunk size", {"phase-1": "--chunk-size 4"}),
-    ("c=8", "chunk size", {"phase-1": "--chunk-size 8"}),
-    ("top-1", "entries of α", {"store": "--top-k 1"}),  # tokens in place of superpositions
-    ("top-5", "entries of α", {"store": "--top-k 5"}),
-    ("top-10", "entries of α", {"store": "--top-k 10"}),
-    ("top-all", "entries of α", {"store": "--top-k 0"}),
-    ("noise-0", "Gumbel noise", {"phase-3": "--noise 0"}),
-    ("noise-0.25", "Gumbel noise", {"phase-3": "--noise 0.25"}),
-    ("noise-0.5", "Gumbel noise", {"phase-3": "--noise 0.5"}),
-    ("noise-1", "Gumbel noise", {"phase-3": "--noise 1"}),
-    ("noise-2", "Gumbel noise", {"phase-3": "--noise 2"}),
-    ("c=4-noise-0.5", "Gumbel noise", {"phase-1": "--chunk-size 4", "phase-3": "--noise 0.5"}),
-    ("no-bag", "phase 1", {"phase-1": "--bag 0"}),
-    ("no-follow", "phase 1", {"phase-1": "--follow 0"}),
-    ("encoder-first", "phase 1", {"phase-1": "--encoder-first 200"}),
-    ("no-LTIM", "masks", {"phase-1": "--ltim off"}),
-    ("no-LTSuM", "masks", {"phase-1": "--ltsum off"}),
-    ("local", "masks", {"phase-1": "--ltsum local"}),
-    ("hidden", "latents", {"phase-1": "--latents hidden"}),
-    ("from-explicit", "latents", {"phase-3": "--start sft"}),
-    ("one-order", "orders told", {"warm-up": "--as-told 1"}),
-    ("even-orders", "orders told", {"warm-up": "--as-told 0.167"}),
-    ("even-noise-1", "orders told", {"warm-up": "--as-told 0.167", "phase-3": "--noise 1"}),
+    # name, the flags that it adds to a stage
+    ("default", {}),
+    ("baselines", {"baselines": "--baselines"}),
+    ("baselines-c=4", {"phase-1": "--chunk-size 4", "baselines": "--baselines"}),
+    ("c=1", {"phase-1": "--chunk-size 1"}),
+    ("c=4", {"phase-1": "--chunk-size 4"}),
+    ("c=8", {"phase-1": "--chunk-size 8"}),
+    ("top-1", {"store": "--top-k 1"}),  # tokens in place of superpositions
+    ("top-all", {"store": "--top-k 0"}),
+    ("noise-0", {"phase-3": "--noise 0"}),
+    ("noise-1", {"phase-3": "--noise 1"}),
+    ("no-bag", {"phase-1": "--bag 0"}),
+    ("no-continuation", {"phase-1": "--continuation 0"}),
+    ("encoder-first", {"phase-1": "--encoder-first 200"}),
+    ("no-LTIM", {"phase-1": "--ltim off"}),
+    ("no-LTSuM", {"phase-1": "--ltsum off"}),
+    ("local", {"phase-1": "--ltsum local"}),
+    ("hidden", {"phase-1": "--latents hidden"}),
+    ("from-explicit", {"phase-3": "--start sft"}),
+    ("all-paths", {"store": "--paths all"}),
+    ("parallel", {"store": "--paths parallel"}),
+    ("all-paths-c=4", {"phase-1": "--chunk-size 4", "store": "--paths all"}),
+    ("parallel-c=4", {"phase-1": "--chunk-size 4", "store": "--paths parallel"}),
+    ("one-order", {"warm-up": "--as-told 1"}),
+    ("even-orders", {"warm-up": "--as-told 0.167"}),
+    ("even-on-policy", {"warm-up": "--as-told 0.167", "phase-3": "--on-policy 0.5"}),
+    ("even-on-policy-c=4", {"warm-up": "--as-told 0.167", "phase-1": "--chunk-size 4",
+                            "phase-3": "--on-policy 0.5"}),
 ]
 STAGES = {  # in this order: the script that it runs, and the files that it makes for later ones
     "warm-up": ("train_sup", ["sft.*"]),
@@ -87,6 +87,18 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
+BASELINES = {"explicit": "explicit", "no-CoT": "no_cot"}  # the rows of --baselines
+HEADS = ("seeds", "accuracy", "range", "steps", "explicit", "gold", "lowest continuation",
+         "from none", "controls", "covered", "cut to c", "seconds", "flags")
+NOTES = (
+    "A figure is the mean over seeds, the range from the lowest to the highest. Explicit: the "
+    "warm-up, thinking in text. Gold: given the encoder’s latents. Continuation: right answers "
+    "when the LLM of phase 1 writes on as text after some of these. Controls: the best of three "
+    "false chains. Covered: how many of the paths’ steps a latent holds, of how many. Cut to c: "
+    "right answers when each latent is cut to its c heaviest tokens. Seconds: from the warm-up to "
+    "phase 3, shared stages included. * One seed: the range is the 95 % interval (Wilson).")
+
+
 # ----------------------------------------------------------------------------------------- the plan
 
 @dataclass(eq=False)
@@ -107,7 +119,7 @@ def plan(settings, seeds, extra, out):
     """
     stages, analyses = {}, {}
     for seed in seeds:
-        for name, _, flags in settings:
+        for name, flags in settings:
             words, path, needs = {**extra}, [], []
             words["train_sup"] = [*extra["train_sup"], "--seed", str(seed)]
             for kind, (script, _) in STAGES.items():
@@ -221,6 +233,78 @@ def say_end(stage, stages, args):
         print(f"{name}: FAILED after {stage.seconds:.0f} s: {why} ({log})", flush=True)
 
 
+# ---------------------------------------------------------------------------------------- the table
+
+def mean(values):
+    """None where all are None."""
+    known = [x for x in values if x is not None]
+    return sum(known) / len(known) if known else None
+
+
+def figures(analysis, way):
+    """{head of a column: figure} of one report.json; way: latent, explicit or no_cot."""
+    report = read_json(analysis.folder / "report.json")
+    found = {figure: report[figure][way] for figure in ("accuracy", "interval", "steps")}
+    if way != "latent":
+        return found
+    controls, continued = report["controls"]["accuracy"], report["continuation"]["accuracy"]
+    paths, collapse = report["parallelism"], report["collapse"]
+    return found | {
+        "explicit": report["accuracy"]["warm_up"], "gold": report["accuracy"]["gold"],
+        "lowest continuation": min(continued), "from none": continued[0],
+        "controls": max(controls[name] for name in ("zeroed", "shuffled", "random")),
+        "covered": paths and paths["latent"]["covered"],
+        "most": paths and paths["latent"]["covered_most"],
+        "cut to c": collapse and collapse["accuracy"]["top c"],
+        "seconds": sum(need.seconds for need in analysis.needs if need.kind != "baselines")}
+
+
+def row_of(analyses, way):
+    """{head of a column: entry}, the means over these analyses, one of each seed."""
+    found = [figures(analysis, way) for analysis in analyses]
+    accuracies = [one["accuracy"] for one in found]
+    row = {head: mean([one[head] for one in found]) for head in found[0] if head != "interval"}
+    if way == "latent":
+        row["seconds"] = round(row["seconds"])
+        if row["covered"] is not None:
+            row["covered"] = f"{row['covered']:.2f} of {row['most']:.2f}"
+    if len(found) == 1:
+        return row | {"seeds": "1*", "range": found[0]["interval"]}
+    return row | {"seeds": str(len(found)), "range": [min(accuracies), max(accuracies)]}
+
+
+def in_words(flags):
+    """The flags of a setting, {stage: flags}, as one line."""
+    return ", ".join(f"{kind} {words}" for kind, words in flags.items())
+
+
+def rows_of(settings, analyses):
+    """{name: row}, of the settings with an analysis that is done."""
+    rows = {}
+    for name, flags in settings:
+        done = [stage for (of, _), stage in analyses.items() if of == name and stage.done]
+        ways = {name: "latent"}
+        if "baselines" in flags:
+            ways = {row + name.removeprefix("baselines"): way for row, way in BASELINES.items()}
+        for label, way in ways.items() if done else ():
+            rows[label] = row_of(done, way) | {"flags": in_words(flags)}
+    return rows
+
+
+def write_results(analyses, args):
+    """Write sweep.md. analyses {(setting, seed): its Stage}; args: settings, out and smoke."""
+    rows = rows_of(args.settings, analyses)
+    done = sum(analysis.done for analysis in analyses.values())
+    state = f"{done} of {len(analyses)} runs are done: a run is a setting with a seed."
+    if args.smoke:
+        state += " They had tiny budgets, and the figures mean nothing."
+    lines = [["setting", *HEADS], ["---", *["---:"] * len(HEADS)]]
+    lines += [[name, *(cell(row.get(head)) for head in HEADS)] for name, row in rows.items()]
+    lines = ["| " + " | ".join(line) + " |" for line in lines]
+    text = "\n".join(["# The ablations", "", state, "", *lines, "", NOTES, ""])
+    write(args.out / "sweep.md", lambda file: file.write(text.encode()))
+
+
 # --------------------------------------------------------------------------------------- the script
 
 def parse(argv=None):
@@ -253,8 +337,8 @@ def parse(argv=None):
 def main(argv=None):
     args = parse(argv)
     if args.list:
-        for name, group, flags in args.settings:
-            print(f"{name:14} {group:14} {in_words(flags)}")
+        for name, flags in args.settings:
+            print(f"{name:20} {in_words(flags)}")
         return
     extra = {script: vars(args)[flag.strip("-")] for flag, script in EXTRA.items()}
     if args.smoke:
@@ -271,7 +355,7 @@ def main(argv=None):
         raise UserError("stopped; the same command goes on from here")
     if any(analysis.done for analysis in analyses.values()):
         write_results(analyses, args)
-        print(f"wrote {args.out}/sweep.md and sweep.html")
+        print(f"wrote {args.out}/sweep.md")
     if failed:
         raise UserError(f"{len(failed)} stages failed, see above; the same command tries again")
 

@@ -50,7 +50,7 @@ def tiny(seed, block_size=64, **shape):
 
 
 def random_batch(lengths, seed=0, question_lengths=None):
-    """A Batch over VOCAB whose chains have these lengths; its bucket has no other problems."""
+    """A Batch over VOCAB whose chains have these lengths."""
     rng = np.random.default_rng(seed)
     B = len(lengths)
     x = rng.integers(2, 8, B) if question_lengths is None else np.array(question_lengths)  # (B,)
@@ -65,7 +65,7 @@ def random_batch(lengths, seed=0, question_lengths=None):
         question = words(x[b] - 1) + [VOCAB.bot]
         answer = [VOCAB.eot] + words(a[b] - 2) + [VOCAB.eos]
         problems.append(Tokens(question, words(s[b]), answer))
-    return Batch(np.arange(B), problems, (x, s, a))
+    return Batch(np.arange(B), problems)
 
 
 def rows(batch, c):

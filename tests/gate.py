@@ -45,7 +45,7 @@ SUP = ("train_sup.py --n-layer 2 --n-head 2 --n-embd 32 --batch-size 8 --sft-ste
 COMPRESS = "compress.py --batch-size 16"
 LATENT = "train_latent.py --batch-size 8 --steps 8 --eval-every 4"
 ANALYZE = "analyze.py --batch-size 8 --limit 12"
-ABLATIONS = ["--bag 0", "--follow 0", "--encoder-first 3", "--ltim off", "--ltsum local",
+ABLATIONS = ["--bag 0", "--continuation 0", "--encoder-first 3", "--ltim off", "--ltsum local",
              "--ltsum off", "--latents hidden", "--top-k 3", "--chunk-size 4", "--as-told 0.167"]
 
 

@@ -15,11 +15,11 @@ import train_latent
 import train_sup
 from conftest import VOCAB, close, random_batch, rows, tiny
 from decode import decode
-from encoder import (chunk_tokens, encoder_batch, induction_mask, latent_batch, llm_batch,
-                     ordinary_softmax, summary_states)
+from encoder import (encoder_batch, induction_mask, latent_batch, ordinary_softmax,
+                     summary_states, supervision_mask)
 from lab.ablations import hidden_as_input, hidden_entries, hidden_loss, parts_of
 from lab.files import UserError, build, load, weights_id
-from losses import bag_loss, sup_loss
+from losses import sup_losses
 from test_encoder import embed, positions, read
 from test_losses import mean_nll
 
@@ -31,30 +31,24 @@ def parts(ltim="on", ltsum="on", latents="superposition"):
 
 
 def test_what_is_seen_without_the_masks():
-    """--ltsum local: a chunk sees its z and itself. Only what is followed keeps to what it sees."""
+    """--ltsum local: a chunk sees its z and itself."""
     picture = """
-        ■ · · · · · · · · ·    X
-        ■ ■ · · · · · · · ·      followed from the start
-        ■ ■ ■ · · · · · · ·
-        ■ · · ■ · · · · · ·    z₀
-        · · · ■ ■ · · · · ·      S₁
-        · · · ■ ■ ■ · · · ·
-        ■ · · ■ · · ■ · · ·    z₁
-        · · · · · · ■ ■ · ·      S₂
-        ■ · · ■ · · ■ · ■ ·    z₂
-        ■ · · ■ · · ■ · ■ ■      <eot>"""
-    layout = SimpleNamespace(segment=torch.tensor([[0, 4, 4, 0, 1, 1, 0, 2, 0, 3]]),
-                             latent=torch.tensor([[0, 0, 0, 1, 0, 0, 2, 0, 3, 0]]))
+        ■ · · · · · · ·    X
+        ■ ■ · · · · · ·    z₀
+        · ■ ■ · · · · ·      S₁
+        · ■ ■ ■ · · · ·
+        ■ ■ · · ■ · · ·    z₁
+        · · · · ■ ■ · ·      S₂
+        ■ ■ · · ■ · ■ ·    z₂
+        ■ ■ · · ■ · ■ ■      <eot>"""
+    layout = SimpleNamespace(segment=torch.tensor([[0, 0, 1, 1, 0, 2, 0, 3]]),
+                             latent=torch.tensor([[0, 1, 0, 0, 2, 0, 3, 0]]))
     lines = picture.splitlines()[1:]
     expected = torch.tensor([[[mark == "■" for mark in line if mark in "■·"] for line in lines]])
     assert torch.equal(parts(ltsum="local").llm_mask(layout), expected)
-    expected[0, [4, 5, 7, 7], [0, 0, 0, 3]] = True
-    assert torch.equal(parts().llm_mask(layout), expected)
-    expected = torch.ones(1, 10, 10, dtype=torch.bool).tril()  # causal
-    expected[0, 3:, 1:3] = False
-    assert torch.equal(parts(ltsum="off").llm_mask(layout), expected)
-    assert parts(ltim="off").encoder_mask(layout) is None      # causal
+    assert parts().llm_mask == supervision_mask
     assert parts().encoder_mask == induction_mask
+    assert parts(ltsum="off").llm_mask is None and parts(ltim="off").encoder_mask is None
 
 
 def test_a_hidden_latent_is_the_hidden_state():
@@ -70,9 +64,10 @@ def test_a_hidden_latent_is_the_hidden_state():
     values, ids, mass = hidden_entries(states)
     assert torch.equal(values, states.float()) and ids.shape == values.shape and (mass == 1).all()
     encoder.requires_grad_()
-    sup, _ = sup_loss(encoder, llm, enc, llm_batch(batch, 2), chunk_tokens(batch, 2),
-                      VOCAB.n_ordinary, parts=hidden)
-    sup.backward()
+    states = summary_states(encoder, enc)
+    _, z = hidden.latent(encoder, states, llm.wte.weight, VOCAB.n_ordinary)
+    sup, cont = sup_losses(llm, z, batch, 2, np.array([2]), [1])
+    (sup + cont).backward()
     assert all(p.grad is not None and p.grad.any() for p in encoder.h.parameters())
 
 
@@ -82,7 +77,7 @@ def test_phase_3_on_hidden_states():
     And there the probability that the chain goes on.
     """
     llm, batch = tiny(1), random_batch(CHAINS)
-    seq = latent_batch(batch, 2)
+    seq = latent_batch(batch, 2, [len(S) for _, S, _ in rows(batch, 2)])
     target = torch.randn(*seq.summary_index.shape, 16)
     exp = lat = 0
     for b, (X, S, answer) in enumerate(rows(batch, 2)):
@@ -106,10 +101,11 @@ def test_phase_3_on_hidden_states():
 def test_the_pipeline_with_ablations(hidden, flags, latent, tmp_path, monkeypatch, capsys):
     """Every later script reads what phase 1 said of its latents; a hidden state has no tokens."""
     monkeypatch.setattr(lab.sources, "TOY_SIZE", {"train": 64, "val": 8, "test": 8})
-    for function in summary_states, bag_loss, sup_loss, decode:
+    for function in summary_states, sup_losses, decode:
         function = unwrap(function)
         # the last default is the method's own part: no script may fall back on it
-        monkeypatch.setattr(function, "__defaults__", (*function.__defaults__[:-1], None))
+        defaults = (*function.__defaults__[:-1], pytest.fail)
+        monkeypatch.setattr(function, "__defaults__", defaults)
     out = ["--out", str(tmp_path)]
     train_sup.main("--n-layer 1 --n-embd 16 --n-head 1 --batch-size 8 --sft-steps 2 --steps 2 "
                    "--bag-steps 1 --chunk-size 8".split() + flags + out)

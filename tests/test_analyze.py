@@ -18,7 +18,7 @@ from lab.evaluate import gold_prompt
 from lab.probes import (Setting, decode_after_latents, decode_after_prefixes, decode_along_path,
                         decode_split, record_latents, record_summaries)
 from lab.run import read_curves
-from lab.sources import known_paths, parse_solved
+from lab.sources import known_paths, parse_solved, published_solutions
 from model import GPT, GPTConfig
 from test_report import Page
 
@@ -153,13 +153,18 @@ def solved(*texts):
 def test_known_paths(tmp_path, monkeypatch, capsys):
     """The problem's own chain, and those of the right ones among the published solutions."""
     monkeypatch.setattr(sources, "fetch", lambda file: None)
-    own = {"question": "Q?", "chain": "<<1+1=2>>"}
-    assert known_paths([own], "gsm8k", tmp_path, "steps") == [["<<1+1=2>>"]]
+    args = SimpleNamespace(data="gsm8k", data_dir=tmp_path, cot="steps")
+    own = {"question": "Q?", "chain": "<<1+1=2>>", "answer": "2"}
+    other = {**own, "chain": "<<4-2=2>>"}  # the same problem again; and one of another answer
+    assert known_paths([own, other, {**own, "answer": "3", "chain": "<<1+2=3>>"}]) == [
+        ["<<1+1=2>>", "<<4-2=2>>"], ["<<4-2=2>>", "<<1+1=2>>"], ["<<1+2=3>>"]]
+    assert published_solutions(args) == {}
     assert "example_model_solutions.jsonl" in capsys.readouterr().out
     (tmp_path / "example_model_solutions.jsonl").write_text(solved(
         ("1+1 = <<1+1=2>>2\nA: 2", True), ("<<3-1=2>>2\nA: 2", True), ("no steps\nA: 2", True),
         ("<<9-1=8>>8\nA: 8", False)) + "\n")
-    assert known_paths([own], "gsm8k", tmp_path, "steps") == [["<<1+1=2>>", "<<3-1=2>>"]]
+    solutions = published_solutions(args)
+    assert known_paths([own], solutions) == [["<<1+1=2>>", "<<3-1=2>>"]]
     with pytest.raises(ValueError):
         parse_solved('{"question": "Q?", "m": {"solution": "x"}}', "steps")
 
@@ -168,7 +173,8 @@ def test_gsm8k_has_810_problems_of_several_chains(gsm8k):
     if not (gsm8k / "example_model_solutions.jsonl").is_file():
         pytest.skip("example_model_solutions.jsonl is not in the folder of GSM8K")
     problems = sources.load_problems("gsm8k", "test", gsm8k)
-    assert sum(len(p) > 1 for p in known_paths(problems, "gsm8k", gsm8k, "steps")) == 810
+    solved = published_solutions(SimpleNamespace(data="gsm8k", data_dir=gsm8k, cot="steps"))
+    assert sum(len(p) > 1 for p in known_paths(problems, solved)) == 810
 
 
 # ------------------------------------------------------------------------------- a run, all of it

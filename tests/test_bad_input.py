@@ -179,7 +179,7 @@ def test_no_phase_goes_on_with_other_problems(copy, refused, monkeypatch, script
 
 def test_no_model_goes_on_with_other_tokens(copy, refused, gpt2_tokenizer):
     flags = [*TINY[6:], "--data", SAMPLE, "--init", copy / "sft.pt", "--out", copy / "new"]
-    refused("train_sup", *flags, says="sft.pt reads other tokens (toy) than the training text has")
+    refused("train_sup", *flags, says="sft.pt reads other tokens than --data")
 
 
 # ------------------------------------------------------------------------------- what is damaged

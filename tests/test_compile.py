@@ -13,7 +13,7 @@ import train_latent
 import train_sup
 from conftest import VOCAB
 from data import Problems
-from encoder import Parts
+from encoder import Parts, count_chunks
 from lab.flags import fill_in, parser
 from model import GPT, GPTConfig
 
@@ -25,8 +25,8 @@ STEPS, BAG_STEPS = 12, 6   # updates: two epochs, the first of them those of the
 @pytest.fixture
 def tokenizer():
     """Each word is the token 1; what is decoded is no number."""
-    words = SimpleNamespace(encode_ordinary=lambda text: [1] * len(text.split()))
-    return SimpleNamespace(**vars(VOCAB), encoding=words, name="words", decode=str)
+    return SimpleNamespace(**vars(VOCAB), name="words", vocabulary={}, decode=str,
+                           encode=lambda text: [1] * len(text.split()))
 
 
 @pytest.fixture
@@ -77,6 +77,9 @@ class EvenStore:
 
     values = torch.full((1, K), 1 / K)
 
+    def __init__(self, problems, c):
+        self.n = count_chunks(problems.s.length, c)
+
     def read(self, rows, N):
         shape = len(rows), N, K
         return torch.full(shape, 1 / K), torch.arange(K).expand(shape).contiguous()
@@ -90,14 +93,15 @@ def run(loop, problems, tokenizer, out):
         f"--batch-size {BATCH} --steps {STEPS} --bag-steps {BAG_STEPS} --eval-every 6 --compile "
         f"--out {out}".split())
     fill_in(args, "sup", None)
-    vars(args).update(noise=1.0, start="sup")
+    vars(args).update(noise=1.0, start="sup", on_policy=0.5)
     env = SimpleNamespace(
         device=torch.device("cpu"), tokenizer=tokenizer, parts=Parts(), made_by={},
         settings=vars(args) | {"out": None}, autocast=lambda: torch.autocast("cpu", enabled=False))
     if loop == "sup":
         train_sup.train_superposition(encoder, llm, problems, problems, args, env)
     elif loop == "latent":
-        train_latent.train_latent(llm, EvenStore(), problems, problems, args, env)
+        store = EvenStore(problems, args.chunk_size)
+        train_latent.train_latent(llm, store, problems, problems, args, env)
     else:
         train_sup.train_explicit(loop, llm, problems, problems, STEPS, args, env)
 
@@ -110,9 +114,10 @@ def test_two_graphs_serve_all_layers_widths_and_models(problems, tokenizer, tmp_
     """
     torch.manual_seed(0)
     watch = Watch(monkeypatch)
-    # in phase 1 the LLM is idle as long as there are bags
-    for loop, passes, graphs in (("sft", STEPS, 2), ("no_cot", STEPS, 2),
-                                 ("sup", 2 * STEPS - BAG_STEPS, 4), ("latent", STEPS, 4)):
+    # in phase 1 the LLM is idle as long as there are bags; then it reads either half of a batch
+    in_sup = STEPS + 2 * (STEPS - BAG_STEPS)
+    for loop, passes, graphs in (("sft", STEPS, 2), ("no_cot", STEPS, 2), ("sup", in_sup, 4),
+                                 ("latent", STEPS, 4)):
         watch.calls.clear()
         run(loop, problems, tokenizer, tmp_path)
         calls = [(width, made) for width, training, made in watch.calls if training]

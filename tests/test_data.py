@@ -15,8 +15,8 @@ import data
 import lab.sources
 import toy
 from conftest import ROOT, easy_file
-from data import Problems, parse_gsm8k
-from encoder import draw_followed, encoder_batch, llm_batch
+from data import Problems, Tokenizer, parse_gsm8k, read, tokens_in_use
+from encoder import count_batch_chunks, encoder_batch, latent_batch, text_batch
 from lab.files import UserError
 from lab.numbers import to_number
 from lab.sources import is_easy, load_problems, load_split, new_numbers, split_of, splits
@@ -137,6 +137,45 @@ def test_toy_words_and_numbers_are_tokens_and_unknown_words_are_bytes(toy_tokeni
             assert len(t.encode(f"{step} {step}")) == 2 * length - 1
         tokens = [t.decode([i]) for i in t.encode(p["question"])]
         assert all(len(token) > 1 for token in tokens if token.isalpha())
+
+
+SOME = [{"question": "Ida has 14 pens, and Bo's aunt buys 3 boxes of 6.",
+         "chain": "<<3*6=18>> <<14+18=32>>", "answer": "32"}]
+
+
+def test_a_vocabulary_cut_to_what_is_in_use(gpt2_tokenizer):
+    """Its own texts get GPT-2's tokens; any other text is spelled, and comes back."""
+    kept = tokens_in_use(SOME)
+    t = Tokenizer("gpt2", kept)
+    assert kept == sorted(set(kept)) and 256 < t.n_ordinary == len(kept) < 2500
+    for text in SOME[0].values():
+        assert [kept[i] for i in t.encode(text)] == gpt2_tokenizer.encode(text)
+    assert len(t.encode(" 999=0 7")) == 4  # the numbers that new problems may have
+    for text in [*TEXTS, "".join(map(chr, range(32, 400))), "0123456789" * 9]:
+        ids = t.encode(text)
+        assert t.decode(ids) == text and all(0 <= i < t.n_ordinary for i in ids)
+    t.id_of |= {b"qu": 1, b"qua": 2, b"uagga": 3}
+    assert t.spell(b"quaggq") == [2, *(t.id_of[bytes([byte])] for byte in b"ggq")]
+    assert [t.eos, t.bot, t.eot, t.sum] == list(range(t.n_ordinary, t.n_ordinary + 4))
+    assert t.n_vocab % 64 == 0 and t.n_ordinary + 4 <= t.n_vocab < t.n_ordinary + 4 + 64
+
+
+def test_a_vocabulary_is_named_after_what_it_keeps_and_made_again_of_it(gpt2_tokenizer):
+    other = [dict(SOME[0], question=SOME[0]["question"].replace("pens", "cups"))]
+    one, two = (Tokenizer("gpt2", tokens_in_use(rows)) for rows in (SOME, other))
+    assert one.name != two.name and one.name.startswith(f"gpt2-{one.n_ordinary}-")
+    again = Tokenizer(**json.loads(json.dumps(one.vocabulary)))
+    assert again.name == one.name and again.encode("3 cups") == one.encode("3 cups")
+    assert gpt2_tokenizer.name == "gpt2" and gpt2_tokenizer.n_ordinary == 50256
+
+
+def test_a_vocabulary_cut_to_gsm8k(gsm8k, gpt2_tokenizer):
+    train, test = (load_problems("gsm8k", split, gsm8k, "text") for split in ("train", "test"))
+    t = Tokenizer("gpt2", tokens_in_use(train))
+    assert 13000 < t.n_ordinary < 18000
+    length, whole = (sum(len(tokenizer.encode(p["question"])) for p in test)
+                     for tokenizer in (t, gpt2_tokenizer))
+    assert whole < length < 1.04 * whole  # some words of the test split are spelled
 
 
 # ------------------------------------------------------------------------------------------ loaders
@@ -346,53 +385,35 @@ def test_no_length_is_drawn_more_often(problems):
     """Over many epochs that are not full, short and long problems come equally often."""
     rows = [problems.train_batch(step, 8, seed=0).rows for step in range(13 * 100)]
     count = np.bincount(np.concatenate(rows))  # of each problem: 100, and 3 in 101 for each epoch
-    for bucket in range(problems.bucket.max() + 1):
-        of_bucket = count[problems.bucket == bucket]
-        assert abs(of_bucket.mean() - 100 * 104 / 101) < 3 * (3 / len(of_bucket)) ** 0.5
+    for part in np.array_split(count[problems.order], 4):
+        assert abs(part.mean() - 100 * 104 / 101) < 3 * (3 / len(part)) ** 0.5
 
 
 def test_a_batch_is_a_function_of_seed_and_step(problems, toy_tokenizer):
-    """In any order, with or without a history, and whatever another loop made of the buckets."""
+    """In any order, with or without a history, and whatever another loop was given."""
     fresh = Problems(problems.problems, toy_tokenizer, block_size=128)
     found = {}
     for place in ((0, 40), (1, 3), (0, 3), (0, 40), (1, 40)):
         a, b = (p.train_batch(place[1], 8, place[0]).rows.tolist() for p in (problems, fresh))
         assert a == b == found.setdefault(place, a)
-        fresh.make_buckets(0)
-        assert fresh.train_batch(place[1], 8, place[0]).rows.tolist() != a
-        fresh.make_buckets(1)
+        fresh.train_batch(place[1], 8, place[0], chain_slots=0)
     assert len(set(map(tuple, found.values()))) == 4
 
 
-def test_few_widths_and_little_padding(toy_tokenizer):
-    """In phase 1 at c = 2, with lengths as GSM8K's: many middling ones, and a few long."""
+def test_a_batch_has_problems_of_like_length_and_little_padding(toy_tokenizer):
+    """In each loop at c = 2, with lengths as GSM8K's: many middling ones, and a few long."""
     rng = np.random.default_rng(0)
-    x, s = np.exp(rng.normal([[3.9], [3.1]], [[0.4], [0.5]], (2, 400))).astype(int)
+    x, s = np.exp(rng.normal([[3.9], [3.1]], [[0.4], [0.5]], (2, 1000))).astype(int)
     rows = [dict(question="1 " * (i // 2), chain="1 " * (j // 2), answer="1") for i, j in zip(x, s)]
     uneven = Problems(rows, toy_tokenizer, block_size=512)
-    uneven.make_buckets(chain_slots=2)
-    shapes, slots, real = {}, 0, 0
-    for step in range(75):  # three epochs
-        batch = uneven.train_batch(step, 16, 0)
-        followed = draw_followed(batch, 2, 0, step, from_start=0.25)
-        layouts = encoder_batch(batch, 2, 0), llm_batch(batch, 2, followed)
-        assert layouts[0].n.tolist() == [-(-len(p.chain) // 2) for p in batch.problems]
-        shape = tuple(t.shape for layout in layouts for t in layout)
-        shapes.setdefault(uneven.bucket[batch.rows].max(), set()).add(shape)
-        slots += sum(layout.pos.numel() for layout in layouts)
-        real += sum(len(layout.pos) + int((layout.pos > 0).sum()) for layout in layouts)
-    # a batch that joins two buckets has room for both, and the shape of the longer one's
-    assert 1 < len(shapes) <= data.WIDTHS == 10 and {*map(len, shapes.values())} == {1}
-    assert real > 0.75 * slots
-
-
-def test_widths_are_chosen_where_they_save_most():
-    assert data.choose_widths(np.array([86, 95] * 9)) == [88, 96]
-    assert data.choose_widths(np.array([5.5])) == [8]
-    length = np.array([8] * 50 + [16] * 3 + [*range(40, 97, 8)] * 9 + [200, 208])
-    widths = data.choose_widths(length)
-    assert len(widths) == 10 and widths[-1] == 208 and {8, 96} <= set(widths)
-    assert 200 not in widths  # for one problem more or less it is not worth while
+    loops = {1.0: text_batch, 1.5: lambda batch: encoder_batch(batch, 2, 0),
+             0.5: lambda batch: latent_batch(batch, 2, count_batch_chunks(batch, 2))}
+    for chain_slots, lay_out in loops.items():
+        layouts = [lay_out(uneven.train_batch(step, 16, 0, chain_slots)) for step in range(63)]
+        slots = sum(layout.pos.numel() for layout in layouts)
+        real = sum(len(layout.pos) + int((layout.pos > 0).sum()) for layout in layouts)
+        assert real > 0.75 * slots
+        assert all(layout.pos.size(1) - layout.pos.argmax(1).max() <= 8 for layout in layouts)
 
 
 def test_a_batch_holds_the_problems_it_names(problems, toy_tokenizer):
@@ -404,8 +425,9 @@ def test_a_batch_holds_the_problems_it_names(problems, toy_tokenizer):
             assert question == t.encode(p["question"]) + [t.bot]
             assert chain == t.encode(p["chain"])
             assert answer == [t.eot] + t.encode("#### " + p["answer"]) + [t.eos]
-            lengths = len(question), len(chain), len(answer)
-            assert lengths in zip(*(column.tolist() for column in batch.lengths))
+        some = batch.some(np.array([3, 0]))
+        assert some.rows.tolist() == batch.rows[[3, 0]].tolist()
+        assert some.problems == [batch.problems[3], batch.problems[0]]
 
 
 def test_evaluation_meets_every_problem_once(problems):

@@ -4,12 +4,14 @@ import re
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 from conftest import VOCAB, close, random_batch, rows, tiny
-from encoder import (alpha_and_latent, chunk_tokens, count_chunks, draw_followed, encoder_batch,
-                     encoder_layout, explicit_batch, induction_mask, insert_latents, latent_batch,
-                     latent_layout, llm_batch, llm_layout, ordinary_softmax, summary_states,
-                     superpose, superpose_sparse, supervision_mask, top_k_renormalized)
+from encoder import (alpha_and_latent, chain_batch, chain_layout, chunk_tokens, count_chunks,
+                     draw_continuations, encoder_batch, encoder_layout, induction_mask,
+                     insert_latents, latent_batch, ordinary_softmax, summary_states, sup_batch,
+                     sup_layout, superpose, superpose_sparse, supervision_mask, text_batch,
+                     top_k_renormalized)
 
 SIZES = [1, 2, 3, 4]
 CHAINS = [7, 0, 4, 1, 8, 2]  # short last chunks, less than a chunk, and no chain, in one batch
@@ -52,11 +54,6 @@ def random_latents(seq):
     return torch.randn(*seq.summary_index.shape, 16, dtype=torch.float64)
 
 
-def some_followed(n):
-    """Which chunk is followed to the end in rows of n (B,) chunks: −1, the last, and in between."""
-    return np.full_like(n, -1), n - 1, n // 2 - 1, np.maximum(n - 2, -1)
-
-
 # --------------------------------------------------------------------------- one pass = many passes
 
 @pytest.mark.parametrize("c", SIZES)
@@ -76,87 +73,62 @@ def test_summaries_in_one_pass_equal_a_pass_for_each(c):
         close(hidden[b][enc.segment[b] == 0][:len(text)], read(encoder, embed(encoder, text)))
 
 
-def assert_read(llm, seq, mask, batch, c, texts):
+def assert_read(seq, mask, batch, c, texts):
     """What `seq` predicts in one pass is what a pass for each text predicts, weight for weight.
 
-    texts: for each row [(k, text, the weights of its tokens)]: the text after X z₀ … z_{k-1}
+    texts: for each row [(k, text, the weight of a token)]: the text after X z₀ … z_{k-1}. Under the
+    causal mask, None, each z is predicted as well, from the slot before it.
     """
-    z = random_latents(seq)
+    llm, z = tiny(1), random_latents(seq)
     x = insert_latents(llm.wte(seq.ids), z, seq.latent)
-    hidden = llm(x, seq.pos, mask, index=seq.predict_index)
+    hidden = llm(x, seq.pos, mask, index=torch.cat([seq.predict_index, seq.summary_index], 1))
+    before_text, before_z = hidden.split([seq.target.size(1), z.size(1)], 1)
     for b, (X, _, _) in enumerate(rows(batch, c)):
         real = seq.loss_weight[b] > 0
         passes = [continuation(llm, X, z[b, :k], text, c) for k, text, _ in texts[b]]
-        close(hidden[b][real], torch.cat(passes))
+        close(before_text[b][real], torch.cat(passes))
         assert seq.target[b][real].tolist() == [t for _, text, _ in texts[b] for t in text]
-        weights = [w for _, _, weights in texts[b] for w in weights]
+        weights = [weight for _, text, weight in texts[b] for _ in text]
         close(seq.loss_weight[b][real], torch.tensor(weights), 1e-7)
-
-
-def sup_texts(S, answer):
-    """The texts of ℓ_sup: S_{i+1} after z_i. The answer is the last chunk, or follows X alone."""
-    parts = S[1:] + [answer]
-    return [(min(i + 1, len(S)), part, [1 / len(parts) / len(part)] * len(part))
-            for i, part in enumerate(parts)]
+        n = max(k for k, _, _ in texts[b])
+        assert seq.n[b] == n
+        if mask is None:
+            chain = torch.cat([embed(llm, X), z[b, :n]])
+            close(before_z[b, :n], read(llm, chain, positions(len(X), n, c, 0))[len(X) - 1:-1])
 
 
 @pytest.mark.parametrize("c", SIZES)
 def test_chunks_in_one_pass_equal_a_pass_for_each(c):
+    """S_{i+1} after z_i, each weighing 1/n; the answer is the last chunk, or follows X alone."""
     batch = random_batch(CHAINS)
-    seq = llm_batch(batch, c)
-    texts = [sup_texts(S, answer) for _, S, answer in rows(batch, c)]
-    assert_read(tiny(1), seq, supervision_mask(seq), batch, c, texts)
+    seq = sup_batch(batch, c)
+    texts = []
+    for _, S, answer in rows(batch, c):
+        parts = S[1:] + [answer]
+        texts.append([(min(i + 1, len(S)), part, 1 / len(parts) / len(part))
+                      for i, part in enumerate(parts)])
+    assert_read(seq, supervision_mask(seq), batch, c, texts)
 
 
 @pytest.mark.parametrize("c", SIZES)
-def test_a_text_followed_to_the_end_equals_a_pass_for_it(c):
-    """Whatever the chunk k that is followed: a pass over X z₀ … z_k S_{k+1} … S_{n-1} Ans.
-
-    Its weight is 0.5 in all; the other chunks are predicted as if it were not there.
-    """
+def test_a_text_after_some_latents_equals_a_pass_for_it(c):
+    """S_k … S_{n-1} Ans after X z₀ … z_{k-1}, from k = 0, all text, to k = n, none of the chain."""
     batch = random_batch(CHAINS)
-    for follow in some_followed(count_chunks(np.array(CHAINS), c)):
-        seq = llm_batch(batch, c, follow, 0.5)
-        texts = []
-        for (_, S, answer), k in zip(rows(batch, c), follow):
-            row = sup_texts(S, answer)
-            rest = sum(S[k + 1:], []) + answer
-            each = 0.5 / len(rest)
-            if k >= 0:
-                _, part, weights = row[k]
-                weights = weights + [0] * (len(rest) - len(part))  # S_{k+1} counts in both
-                row[k] = k + 1, rest, [w + each for w in weights]
-            elif S:
-                row.insert(0, (0, rest, [each] * len(rest)))
-            texts.append(row)
-        assert_read(tiny(1), seq, supervision_mask(seq), batch, c, texts)
+    n = count_chunks(np.array(CHAINS), c)
+    for most in range(max(n) + 1):
+        k = np.minimum(most, n)
+        texts = [sum(S[first:], []) + answer for first, (_, S, answer) in zip(k, rows(batch, c))]
+        texts = [[(first, text, 1 / len(text))] for first, text in zip(k, texts)]
+        assert_read(chain_batch(batch, c, k), None, batch, c, texts)
+    assert all(map(torch.equal, text_batch(batch), chain_batch(batch, c, 0 * n)))
+    assert all(map(torch.equal, latent_batch(batch, c, n), chain_batch(batch, c, n)))
 
 
-@pytest.mark.parametrize("c", SIZES)
-def test_phase_3_is_plain_causal(c):
-    """The answer after all z; and each z is predicted from the slot before it."""
-    llm = tiny(1)
-    batch = random_batch(CHAINS)
-    seq = latent_batch(batch, c)
-    texts = [[(len(S), answer, [1 / len(answer)] * len(answer))]
-             for _, S, answer in rows(batch, c)]
-    assert_read(llm, seq, None, batch, c, texts)
-    z = random_latents(seq)
-    x = insert_latents(llm.wte(seq.ids), z, seq.latent)
-    hidden = llm(x, seq.pos, index=seq.summary_index)
-    for b, (X, S, _) in enumerate(rows(batch, c)):
-        one = read(llm, torch.cat([embed(llm, X), z[b, :len(S)]]), positions(len(X), len(S), c, 0))
-        close(hidden[b, :len(S)], one[len(X) - 1:-1])
-        assert seq.n[b] == len(S)
-
-
-def test_explicit_layout_is_the_text_itself():
-    batch = random_batch(CHAINS)
-    seq = explicit_batch(batch)
-    written = [sum(S, []) + answer for _, S, answer in rows(batch, 3)]
-    texts = [[(0, text, [1 / len(text)] * len(text))] for text in written]
-    assert_read(tiny(1), seq, None, batch, 3, texts)
-    assert (seq.n == 0).all()
+def test_phase_3_may_have_fewer_latents_than_chunks():
+    """Then <eot> and the answer move up."""
+    batch, n = random_batch(CHAINS), [2, 0, 1, 1, 3, 0]
+    texts = [[(k, answer, 1 / len(answer))] for k, (_, _, answer) in zip(n, rows(batch, 2))]
+    assert_read(latent_batch(batch, 2, n), None, batch, 2, texts)
 
 
 # ------------------------------------------------------------------------------- as they are drawn
@@ -169,14 +141,13 @@ def drawn(function, name):
 
 def test_layouts_are_as_drawn():
     X, chunks, answer = [1, 2, VOCAB.bot], [[3, 4], [5, 6], [7]], [VOCAB.eot, 8]
-    for function, sequences in (
-            (encoder_layout, [encoder_layout(X, chunks, VOCAB.sum)]),
-            (llm_layout, [llm_layout(X, chunks, answer, 2),
-                          llm_layout(X, chunks, answer, 2, follow=0)]),
-            (latent_layout, [latent_layout(X, chunks, answer, 2)])):
-        assert drawn(function, "position") == [seq.pos for seq in sequences]
-        segments = [seq.segment for seq in sequences]
-        assert drawn(function, "segment") == (segments if function != latent_layout else [])
+    for function, *arguments in ((encoder_layout, X, chunks, VOCAB.sum),
+                                 (sup_layout, X, chunks, answer, 2)):
+        seq = function(*arguments)
+        assert drawn(function, "position") == [seq.pos]
+        assert drawn(function, "segment") == [seq.segment]
+    chains = [chain_layout(X, sum(chunks, []), answer, 2, k) for k in (0, 1, 3)]
+    assert drawn(chain_layout, "position") == [seq.pos for seq in chains]
 
 
 @pytest.mark.parametrize("mask, segment", [
@@ -186,7 +157,7 @@ def test_layouts_are_as_drawn():
 def test_masks_are_as_drawn(mask, segment):
     lines = [re.findall("[■·]", line) for line in mask.__doc__.splitlines()]
     lines = [[mark == "■" for mark in line] for line in lines if line]
-    layout = llm_batch(random_batch([4]), 2)._replace(segment=torch.tensor([segment]))
+    layout = sup_batch(random_batch([4]), 2)._replace(segment=torch.tensor([segment]))
     found = mask(layout)[0]
     assert [row[:i + 1] for i, row in enumerate(found.tolist())] == lines
     assert not found.triu(1).any()
@@ -194,36 +165,36 @@ def test_masks_are_as_drawn(mask, segment):
 
 # ------------------------------------------------------------------------- widths, bags and draws
 
+def layouts(batch, c, k):
+    """A batch in all layouts; k: the latents of each row, where some of its chunks are text."""
+    return (encoder_batch(batch, c, VOCAB.sum), sup_batch(batch, c), chain_batch(batch, c, k),
+            text_batch(batch), latent_batch(batch, c, k))
+
+
 @pytest.mark.parametrize("c", SIZES)
 def test_no_position_is_beyond_the_longest_problem(c):
     """A problem is kept if X S Ans, S in whole chunks, fits; then every layout of it fits too."""
     for seed in range(20):
         rng = np.random.default_rng(seed)
         batch = random_batch(rng.integers(0, 9, 5), seed)
-        x, s, a = batch.lengths
-        n = count_chunks(s, c)
-        followed = [llm_batch(batch, c, k) for k in some_followed(n)]
-        for seq in (encoder_batch(batch, c, VOCAB.sum), llm_batch(batch, c), latent_batch(batch, c),
-                    explicit_batch(batch), *followed):
-            assert 0 <= seq.pos.min() and seq.pos.max() < (x + n * c + a).max()
-            assert seq.ids.size(1) % 8 == 0
+        n = np.array([count_chunks(len(p.chain), c) for p in batch.problems])
+        ends = [len(p.question) + c * k + len(p.answer) for p, k in zip(batch.problems, n)]
+        for seq in *layouts(batch, c, rng.integers(0, n + 1)), latent_batch(batch, c, n):
+            assert seq.pos.min() == 0 and (seq.pos.amax(1) < torch.tensor(ends)).all()
 
 
 @pytest.mark.parametrize("c", [*SIZES, 50])
-def test_a_batch_is_padded_as_its_bucket_needs(c):
-    """Two rows of a batch, laid out alone, have the whole batch's widths and their own contents."""
-    whole = random_batch(CHAINS)
-    few = [5, 1]  # neither of them the longest
-    part = type(whole)(whole.rows[few], [whole.problems[b] for b in few], whole.lengths)
-    follow = count_chunks(whole.lengths[1], c) // 2 - 1
-    for of_part, of_whole in (
-            (explicit_batch(part), explicit_batch(whole)),
-            (latent_batch(part, c), latent_batch(whole, c)),
-            (llm_batch(part, c), llm_batch(whole, c)),
-            (llm_batch(part, c, follow[few]), llm_batch(whole, c, follow)),
-            (encoder_batch(part, c, VOCAB.sum), encoder_batch(whole, c, VOCAB.sum))):
-        assert all(torch.equal(a, b[few]) for a, b in zip(of_part, of_whole))
-    assert torch.equal(chunk_tokens(part, c), chunk_tokens(whole, c)[few])
+def test_a_batch_is_as_wide_as_its_longest_row(c):
+    """And a row has in it what it has alone, then zeros."""
+    batch = random_batch(CHAINS)
+    k = count_chunks(np.array(CHAINS), c) // 2
+    alone = [layouts(batch.some([b]), c, k[[b]]) for b in range(len(k))]
+    for whole, *single in zip(layouts(batch, c, k), *alone):
+        assert whole.ids.size(1) % 8 == 0 and whole.pos[:, -8:].any()
+        for field, *fields in zip(whole, *single):  # (B, width), and (1, its width) of each row
+            width = max(row.numel() for row in fields)
+            padded = [F.pad(row.flatten(), (0, width - row.numel())) for row in fields]
+            assert torch.equal(field.view(len(k), -1), torch.stack(padded))
 
 
 @pytest.mark.parametrize("c", [*SIZES, 50])
@@ -231,26 +202,35 @@ def test_bags_hold_the_chunks(c):
     """And there are as many of them as the encoder has summaries."""
     for batch in (random_batch(CHAINS), random_batch([0, 0])):
         bags = chunk_tokens(batch, c)
-        assert bags.shape[:2] == encoder_batch(batch, c, VOCAB.sum).summary_index.shape
-        assert bags.size(2) == min(c, max(1, batch.lengths[1].max()))  # a long chunk costs nothing
+        assert bags.shape == (*encoder_batch(batch, c, VOCAB.sum).summary_index.shape, c)
         for bag, (_, S, _) in zip(bags.tolist(), rows(batch, c)):
             assert [[token for token in chunk if token >= 0] for chunk in bag[:len(S)]] == S
             assert all(token == -1 for chunk in bag[len(S):] for token in chunk)
 
 
-def test_the_chunk_to_follow_is_drawn_evenly_and_anew():
-    batch = random_batch([7, 0, 4] * 100)
-    drawn = np.array([draw_followed(batch, 2, seed=0, step=step) for step in range(50)])
-    for row, n in (0, 4), (1, 0), (2, 2):
-        values, counts = np.unique(drawn[:, row::3], return_counts=True)
-        assert values.tolist() == list(range(-1, n))
-        mean = 5000 / (n + 1)
-        assert (np.abs(counts - mean) < 5 * np.sqrt(mean)).all()
-    assert (drawn[3] == draw_followed(batch, 2, seed=0, step=3)).all()
-    assert (drawn[3] != drawn[4]).any()
-    assert (drawn[3] != draw_followed(batch, 2, seed=1, step=3)).any()
-    half = draw_followed(batch, 2, seed=0, step=3, from_start=0.5)[::3]
-    assert 35 < (half == -1).sum() < 85 and set(half) == {-1, 0, 1, 2, 3}
+@pytest.mark.parametrize("share, count", [(0, 0), (0.4, 12), (1, 30)])
+def test_continuations_are_drawn_evenly_and_anew(share, count):
+    """Of just that share of the rows; k = 0 … n alike, but that a fourth has 0 anyway."""
+    def draw(step, seed=0):
+        return draw_continuations(batch, 2, share, 0.25, seed, step)
+
+    batch, steps = random_batch([7, 0, 4] * 10), 2000
+    drawn_rows, ks = map(np.array, zip(*map(draw, range(steps))))     # (steps, count) each
+    assert drawn_rows.shape == ks.shape == (steps, count)
+    assert all(len(set(row)) == count for row in drawn_rows.tolist())
+
+    def even(counts, mean):
+        return (np.abs(counts - mean) <= 5 * np.sqrt(mean)).all()
+
+    assert even(np.bincount(drawn_rows.flat, minlength=30), steps * count / 30)
+    for place, n in enumerate([4, 0, 2]):
+        found = np.bincount(ks[drawn_rows % 3 == place], minlength=n + 1)  # (n + 1,)
+        shares = 0.75 / (n + 1) + 0.25 * (np.arange(n + 1) == 0)
+        assert len(found) == n + 1 and even(found, found.sum() * shares)
+    again, other_step, other_seed = draw(3), draw(4), draw(3, seed=1)
+    assert all(map(np.array_equal, again, (drawn_rows[3], ks[3])))
+    for other in other_step, other_seed:
+        assert count == 0 or not any(map(np.array_equal, again, other))
 
 
 # ------------------------------------------------------------------------------------ superposition

@@ -17,10 +17,14 @@ def field(flag):
     return flag.name.replace("-", "_")
 
 
-def filled(phase, *flags, first=()):
-    """The flags of a phase as `setup` fills them in. first: the flags of phase 1 before it."""
+def filled(phase, *flags, first=(), paths="own"):
+    """The flags of a phase as `setup` fills them in. first, paths: what the phases before it had."""
     args = parser("", phase).parse_args([str(flag) for flag in flags])
-    fill_in(args, phase, None if phase == "sup" else {"settings": vars(filled("sup", *first))})
+    if phase == "sup":
+        fill_in(args, phase)
+    else:
+        fill_in(args, phase, {"settings": vars(filled("sup", *first))},
+                {"settings": {"paths": paths}})
     return args
 
 
@@ -46,6 +50,14 @@ def test_what_is_not_given_follows_from_the_data(phase, data, preset):
     assert (args.n_layer, args.seed, args.chunk_size) == (7, 5, 4)
     assert args.data == (data[1] if data else "toy")
     assert str(args.data_dir) == ("there" if "there" in data else "None")
+
+
+@pytest.mark.parametrize("flags, paths, steps", [
+    ([], "own", 1000), ([], "all", 1500), ([], "parallel", 1500),
+    (["--on-policy", 0.5], "own", 1500), (["--steps", 7], "all", 7)])
+def test_a_chain_of_several_paths_takes_longer(flags, paths, steps):
+    args = filled("latent", *flags, first=["--chunk-size", 4], paths=paths)
+    assert (args.steps, args.paths) == (steps, paths)
 
 
 def test_what_is_given_is_taken():

@@ -40,6 +40,13 @@ def test_the_method_needs_nothing_but_the_method(name):
     assert reached(name) <= set(METHOD)
 
 
+def test_no_line_is_too_long():
+    long = [f"{path}:{number}" for path in FILES.values()
+            for number, line in enumerate(path.read_text("utf-8").splitlines(), 1)
+            if len(line) > 100]
+    assert long == []
+
+
 def test_there_is_no_circle_and_no_import_of_a_script():
     for name in FILES:
         assert name not in reached(name)

@@ -10,10 +10,10 @@ import compress
 import lab.sources
 import train_latent
 import train_sup
-from conftest import VOCAB, close, random_batch, rows, tiny
-from encoder import (Parts, alpha_and_latent, chunk_tokens, encoder_batch, explicit_batch,
-                     latent_batch, llm_batch, superpose, superpose_sparse)
-from losses import bag_loss, explicit_loss, gumbel_noise, gumbel_perturb, latent_loss, sup_loss
+from conftest import FEW, VOCAB, close, random_batch, rows, tiny
+from encoder import (alpha_and_latent, chunk_tokens, encoder_batch, latent_batch, summary_states,
+                     superpose, superpose_sparse, text_batch)
+from losses import bag_kl, gumbel_noise, gumbel_perturb, latent_loss, sup_losses, text_loss
 from test_encoder import continuation, embed, positions, read, summaries
 
 CHAINS = [7, 0, 4, 1]
@@ -26,47 +26,45 @@ def mean_nll(llm, X, z, text, c):
     return -log_p[range(len(text)), text].mean()
 
 
-def phase_1(batch, c, follow=None):
-    """What the losses of phase 1 take after the models, but for their last two arguments."""
-    return (encoder_batch(batch, c, VOCAB.sum), llm_batch(batch, c, follow),
-            chunk_tokens(batch, c), VOCAB.n_ordinary)
+def alpha_and_z(encoder, llm, batch, c, top_k=0):
+    """α and z of a batch, as train_sup.py makes them."""
+    states = summary_states(encoder, encoder_batch(batch, c, VOCAB.sum))
+    return alpha_and_latent(encoder, states, llm.wte.weight, VOCAB.n_ordinary, top_k)
 
 
 # ------------------------------------------------------------------------------------------ phase 1
 
-def test_explicit_loss():
-    """The mean −log q of what is written after X."""
+def test_text_alone():
+    """SFT: the mean −log q of what is written after X."""
     llm, batch = tiny(0), random_batch(CHAINS)
     total = sum(mean_nll(llm, X, [], sum(S, []) + answer, 1) for X, S, answer in rows(batch, 1))
-    close(explicit_loss(llm, explicit_batch(batch)).double(), total / len(CHAINS), 1e-5)
+    close(text_loss(llm, text_batch(batch)).double(), total / len(CHAINS), 1e-5)
 
 
-@pytest.mark.parametrize("c, top_k", [(1, 0), (2, 0), (3, 3), (4, 0)])
-def test_sup_loss(c, top_k):
-    """ℓ_sup = 1/n Σ_i 1/|J_i| Σ_{t∈J_i} −log p(x_t | X, z₀ … z_i); the answer is the last chunk."""
+@pytest.mark.parametrize("continued, k", [([], []), ([2], [0]), ([2, 0], [1, 3]), ([0, 1], [2, 0]),
+                                          ([3, 1, 2, 0], [1, 0, 2, 0])])
+@pytest.mark.parametrize("c, top_k", [(1, 0), (2, 0), (3, 3)])
+def test_sup_losses(c, top_k, continued, k):
+    """ℓ_sup = 1/n Σ_i 1/|J_i| Σ_{t∈J_i} −log p(x_t | X, z₀ … z_i); the answer is the last chunk.
+
+    Of the problems that are continued: the mean −log p of S_k … Ans after X z₀ … z_{k-1}.
+    """
     encoder, llm, batch = tiny(0), tiny(1), random_batch(CHAINS)
-    total = 0
-    for X, S, answer in rows(batch, c):
+    sup, cont = [torch.zeros(())], [torch.zeros(())]
+    latents = dict(zip(continued, k))
+    for b, (X, S, answer) in enumerate(rows(batch, c)):
         z = [superpose(alpha, llm.wte.weight, top_k) for alpha in summaries(encoder, X, S)]
-        parts = S[1:] + [answer]
-        for i, part in enumerate(parts):
-            total += mean_nll(llm, X, z[:i + 1], part, c) / len(parts)
-    sup, _ = sup_loss(encoder, llm, *phase_1(batch, c), top_k)
-    close(sup.double(), total / len(CHAINS), 1e-5)
-
-
-@pytest.mark.parametrize("follow", [[-1, -1, -1, -1], [2, -1, 0, 0], [1, -1, 1, -1]])
-def test_a_followed_text_adds_its_mean(follow):
-    """To ℓ_sup comes the mean −log p of S_{k+1} … Ans after X z₀ … z_k; not without a chain."""
-    encoder, llm, batch = tiny(0), tiny(1), random_batch(CHAINS)
-    total = 0
-    for (X, S, answer), k in zip(rows(batch, 2), follow):
-        if S:
-            z = [superpose(alpha, llm.wte.weight) for alpha in summaries(encoder, X, S)]
-            total += mean_nll(llm, X, z[:k + 1], sum(S[k + 1:], []) + answer, 2)
-    alone, _ = sup_loss(encoder, llm, *phase_1(batch, 2))
-    both, _ = sup_loss(encoder, llm, *phase_1(batch, 2, follow))
-    close((both - alone).double(), total / len(CHAINS), 1e-5)
+        if b in latents:
+            rest = sum(S[latents[b]:], []) + answer
+            cont.append(mean_nll(llm, X, z[:latents[b]], rest, c))
+        else:
+            parts = S[1:] + [answer]
+            nll = [mean_nll(llm, X, z[:i + 1], part, c) for i, part in enumerate(parts)]
+            sup.append(sum(nll) / len(parts))
+    _, z = alpha_and_z(encoder, llm, batch, c, top_k)
+    found = sup_losses(llm, z, batch, c, np.array(continued, dtype=int), k)
+    for one, each in zip(found, (sup, cont)):
+        close(one.double(), sum(each).double() / max(1, len(each) - 1), 1e-5)
 
 
 @pytest.mark.parametrize("c", [1, 2, 3])
@@ -77,23 +75,20 @@ def test_bag_loss_is_a_dense_kl(c):
         for alpha, chunk in zip(summaries(encoder, X, S), S):
             bag = torch.bincount(torch.tensor(chunk), minlength=VOCAB.n_ordinary) / len(chunk)
             total += (torch.xlogy(bag, bag) - bag * alpha.log()).sum() / len(S)
-    enc, seq, chunks, n_ordinary = phase_1(batch, c)
-    found = bag_loss(encoder, enc, chunks, n_ordinary)
-    close(found.double(), total / len(CHAINS), 1e-5)
-    _, same = sup_loss(encoder, tiny(1), enc, seq, chunks, n_ordinary)
-    assert torch.equal(found, same)
+    alpha, _ = alpha_and_z(encoder, tiny(1), batch, c)
+    n = torch.tensor([len(S) for _, S, _ in rows(batch, c)])
+    close(bag_kl(alpha, chunk_tokens(batch, c), n).double(), total / len(CHAINS), 1e-5)
 
 
+@pytest.mark.parametrize("continued", [[], [0, 2]])
 @pytest.mark.parametrize("through_z", [True, False])
-def test_the_loss_reaches_the_encoder_through_z_alone(through_z):
-    def cut(*args):
-        alpha, z = alpha_and_latent(*args)
-        return alpha, z.detach()
-
+def test_the_loss_reaches_the_encoder_through_z_alone(through_z, continued):
     encoder, llm = tiny(0).requires_grad_(), tiny(1).requires_grad_()
-    parts = Parts() if through_z else Parts(latent=cut)
-    sup, _ = sup_loss(encoder, llm, *phase_1(random_batch(CHAINS), 2), parts=parts)
-    sup.backward()
+    batch = random_batch([7, 4, 5])
+    _, z = alpha_and_z(encoder, llm, batch, 2)
+    which = np.array(continued, dtype=int)
+    losses = sup_losses(llm, z if through_z else z.detach(), batch, 2, which, [1, 2])
+    losses[len(continued) > 0].backward()
     for model, reached in (encoder, through_z), (llm, True):
         assert {p.grad is not None and p.grad.any().item() for p in model.parameters()} == {reached}
 
@@ -105,7 +100,7 @@ def test_the_loss_reaches_the_encoder_through_z_alone(through_z):
 def test_latent_loss(c, chains):
     """L_exp: mean −log q over <eot> and Ans. L_lat: mean over latents of a dense KL(p̃ ‖ q)."""
     llm, batch = tiny(1), random_batch(chains)
-    seq = latent_batch(batch, c)
+    seq = latent_batch(batch, c, [len(S) for _, S, _ in rows(batch, c)])
     g = torch.Generator().manual_seed(0)
     ids = torch.rand(*seq.summary_index.shape, VOCAB.n_ordinary, generator=g).topk(4, 2).indices
     p = torch.rand(ids.shape, generator=g)
@@ -151,18 +146,23 @@ def test_noise_is_gumbel_and_fresh_at_every_step():
 
 # ---------------------------------------------------------------------------------------- the loops
 
-def test_the_loops_minimise_the_sums_that_they_log(tmp_path, monkeypatch):
-    """Phase 1: ℓ_sup + λ · KL, where λ falls from --bag to its half. Phase 3: L_exp + L_lat."""
+@pytest.mark.parametrize("share", [0, 0.5, 1])
+def test_the_loops_minimise_the_sums_that_they_log(share, tmp_path, monkeypatch):
+    """Phase 1: ℓ_sup + the continuations' loss + λ · KL, where λ falls from --bag to its half.
+
+    Phase 3: L_exp + L_lat.
+    """
     minimised = []
     backward = torch.Tensor.backward
     monkeypatch.setattr(torch.Tensor, "backward",
                         lambda loss: (minimised.append(loss.item()), backward(loss)))
-    monkeypatch.setattr(lab.sources, "TOY_SIZE", {"train": 32, "val": 4, "test": 4})
+    monkeypatch.setattr(lab.sources, "TOY_SIZE", FEW)
     steps, bag = 6, 0.7
     train_sup.main(f"--n-layer 1 --n-head 1 --n-embd 16 --batch-size 8 --sft-steps 1 "
-                   f"--steps {steps} --bag-steps 2 --bag {bag} --out {tmp_path}".split())
+                   f"--steps {steps} --bag-steps 2 --bag {bag} --continuation {share} "
+                   f"--out {tmp_path}".split())
     compress.main(["--out", str(tmp_path)])
-    train_latent.main(["--steps", "3", "--out", str(tmp_path)])
+    train_latent.main(f"--steps 3 --on-policy {share} --out {tmp_path}".split())
     logged = []
     for loop in "sft", "sup", "latent":
         lines = (tmp_path / f"{loop}.jsonl").read_text("utf-8").splitlines()
@@ -170,9 +170,11 @@ def test_the_loops_minimise_the_sums_that_they_log(tmp_path, monkeypatch):
     assert [row["loss"] for row in logged] == pytest.approx(minimised, abs=1e-5)
     _, *sup = logged[:-3]
     for step, row in enumerate(sup):
-        weight = bag * (1 - 0.5 * step / steps)
-        assert row["loss"] == pytest.approx(row["sup"] + weight * row["bag"], abs=1e-5)
-        assert row["bag"] > 0 and (row["sup"] > 0) == (step >= 2)
+        bags = bag * (1 - 0.5 * step / steps) * row["bag"]
+        assert row["loss"] == pytest.approx(row["sup"] + row["cont"] + bags, abs=1e-5)
+        assert row["bag"] > 0
+        assert (row["sup"] > 0) == (step >= 2 and share < 1)
+        assert (row["cont"] > 0) == (step >= 2 and share > 0)
     for row in logged[-3:]:
         assert row["loss"] == pytest.approx(row["exp"] + row["lat"], abs=1e-5)
         assert row["exp"] > 0 and row["lat"] > 0

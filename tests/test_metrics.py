@@ -10,7 +10,7 @@ import toy
 from encoder import pad
 from lab.metrics import (Latents, calculate, chain_shape, count_errors, covered_spans,
                          effective_paths, error_type, mean, measure_ecr, measure_parallelism,
-                         pad_paths, paths_of_next_problems, span_mass, span_shares, spans,
+                         pad_paths, paths_of_next_problems, spans,
                          token_mass, wilson)
 
 V = 40  # ids of the vocabulary here
@@ -42,11 +42,8 @@ def follow(*latents, paths=path(A, B), n=3):
     """(N_eff, covered) of one chain."""
     mass = token_mass(*top(*latents), paths)
     n_eff = effective_paths(mass, paths, torch.tensor([n]))
-    return n_eff.item(), covered_spans(mass, paths).item()
-
-
-def on_spans(paths, *latents):
-    return span_mass(token_mass(*top(*latents), paths), paths)
+    covered, most = covered_spans(mass, paths)
+    return n_eff.item(), covered[most > 1].float().mean().item()  # where the paths differ
 
 
 def test_an_interval_and_a_mean():
@@ -155,29 +152,6 @@ def test_the_mass_of_tokens_is_that_of_a_plain_search():
         assert mass[r, m, t, w].item() == alpha.get(tokens[r, m, t, w].item(), 0)
 
 
-def test_the_mass_on_spans_and_how_it_is_shared():
-    """Of the tokens that no different span has; NaN where the paths do not differ, or none has."""
-    mass = on_spans(path(A, B), {1: .5, 2: .2, 5: .2, 6: .1}, {3: 1}, even(9, 8))
-    assert mass[0, :, :2].T.tolist() == [pytest.approx([.7, .3]), pytest.approx([1, 0])]
-    assert mass[0, :, 2].isnan().all()
-    shared = on_spans(path([[1, 2]], [[1, 6]]), {1: .5, 2: .5})  # token 1 is of both
-    assert shared[0, :, 0].tolist() == pytest.approx([.5, 0])
-    assert on_spans(path([[1]], [[1, 6]]), {1: .5, 2: .5}).isnan().all()  # the first has none
-    # six orders of three steps begin with only three different spans
-    three = path([[1], [2]], [[1], [3]], [[2], [1]], [[2], [3]], [[3], [1]], [[3], [2]])
-    mass = on_spans(three, {1: .6, 2: .3, 3: .1}, even(2))
-    assert mass[0, :, 0].tolist() == pytest.approx([.6, .6, .3, .3, .1, .1])
-    leading, effective = span_shares(mass, three)
-    entropy = -sum(p * math.log(p) for p in (.6, .3, .1))
-    assert leading[0].tolist() == pytest.approx([.6, 1])
-    assert effective[0].tolist() == pytest.approx([math.exp(entropy), 1])
-    # no mass is not shared
-    mass = on_spans(path(A, B), {7: 1}, {3: .5, 7: .5}, even(9, 8))
-    leading, effective = span_shares(mass, path(A, B))
-    assert leading[0].tolist() == pytest.approx([math.nan, .5, math.nan], nan_ok=True)
-    assert effective[0].tolist() == pytest.approx([math.nan, 2, math.nan], nan_ok=True)
-
-
 # -------------------------------------------------------------------------- the paths of a split
 
 def test_random_paths_are_those_of_the_next_problems_and_never_its_own():
@@ -190,32 +164,48 @@ def test_random_paths_are_those_of_the_next_problems_and_never_its_own():
         [[7, -1, -1], [8, -1, -1], [-1, -1, -1]]]
 
 
-def test_parallelism_of_chains_that_follow_one_path_or_all(toy_tokenizer):
+def plain_covered(alpha, paths, c):
+    """(covered, most) of one chain, means over the latents where its paths differ."""
+    held, most = [], []
+    for t, at in enumerate(alpha.tolist()):
+        chunks = {frozenset(tokens[t * c:t * c + c]) for tokens in paths}
+        if len(chunks) > 1:
+            held.append(sum(all(at[token] >= 0.03 for token in chunk) for chunk in chunks))
+            most.append(len(chunks))
+    return sum(held) / len(held), sum(most) / len(most)
+
+
+def test_parallelism_beside_a_plain_search(toy_tokenizer):
     """Ten of the toy task's problems. One path: the m-th. All: α is the mean of the six."""
     c, m = 2, 3
-    paths = [problem["paths"] for problem in toy.problems(0, 10, lambda question: True)]
-    tokens = [[toy_tokenizer.encode(text) for text in known] for known in paths]
-    n = torch.tensor([-(-len(known[m]) // c) for known in tokens])
+    paths = [[toy_tokenizer.encode(text) for text in problem["paths"]]
+             for problem in toy.problems(0, 10, lambda question: True)]
+    n = torch.tensor([-(-len(known[m]) // c) for known in paths])
     one = torch.zeros(10, int(n.max()), toy_tokenizer.n_ordinary)
     every = torch.zeros_like(one)
     for r, k in itertools.product(range(10), range(6)):
-        for i, token in enumerate(tokens[r][k]):
-            one[r, i // c, token] += (k == m) / (r + 2)
-            every[r, i // c, token] += 0.5 / 6
+        for i, token in enumerate(paths[r][k]):
+            one[r, i // c, token] += (k == m) / 2
+            every[r, i // c, token] += 0.5 / 6 * (r < 5 or k < 1)  # five follow one path alone
     chains = {}
     for whose, alpha in (("encoder", one), ("latent", every)):
         values, ids = alpha.topk(50)
         chains[whose] = Latents(n, values, ids.int(), None, None, {})
-    found = measure_parallelism(chains, [*paths, ["1+1"]], toy_tokenizer, c, orders=True)
+    both = {whose: [*paths, [[1, 2]]] for whose in chains}
+    found = measure_parallelism(chains, both, c)
     assert (found["problems"], found["paths"]) == (10, 6)
     assert found["encoder"]["covered"] == 1 > found["encoder"]["covered_random"]
-    assert found["latent"]["covered"] > 2 and found["latent"]["n_eff"] > found["encoder"]["n_eff"]
+    plain = [plain_covered(alpha, known, c) for alpha, known in zip(every, paths)]
+    covered, most = (sum(column) / 10 for column in zip(*plain))
+    assert found["latent"]["covered"] == pytest.approx(covered)
+    assert found["latent"]["covered_most"] == pytest.approx(most) and most > covered > 1
+    assert found["latent"]["above_1.7"] == sum(one > 1.7 for one, _ in plain) / 10 < 1
+    bins = [sum(int(2 * one) == k for one, _ in plain) / 10 for k in range(8)]
+    assert found["latent"]["histogram"] == pytest.approx(bins)
+    assert found["latent"]["n_eff"] > found["encoder"]["n_eff"]
     # the first latent is << and one of three numbers: two orders begin with each
-    one, every = (found["orders"][whose] for whose in ("encoder", "latent"))
-    assert one["leading"][0] == one["effective"][0] == 1
-    assert one["mass"][m][0] == pytest.approx(sum(1 / (r + 2) for r in range(10)) / 10)
-    assert every["leading"][0] == pytest.approx(1 / 3) and every["effective"][0] == pytest.approx(3)
-    assert measure_parallelism(chains, [paths[0]] + [["1+1"]] * 9, toy_tokenizer, c, True) is None
+    assert found["latent"]["most_by_latent"][0] == 3 and found["latent"]["by_latent"][0] == 2
+    assert measure_parallelism(chains, {**both, "latent": [paths[0]] + [[[1]]] * 9}, c) is None
 
 
 def test_shape():

@@ -38,7 +38,7 @@ def test_the_scripts_in_a_row(few, monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("flags, latent, K", [
     (["--chunk-size", 4], [], 50),
-    (["--chunk-size", 1, "--ltsum", "local", "--bag", 0, "--follow", 0], ["--noise", 0], 50),
+    (["--chunk-size", 1, "--ltsum", "local", "--bag", 0, "--continuation", 0], ["--noise", 0], 50),
     (["--top-k", 5], [], 5),
     (["--sft-steps", 0], [], 50),
     (["--dtype", "bfloat16"], ["--dtype", "bfloat16"], 50),
@@ -67,7 +67,7 @@ def test_the_store_holds_the_summaries_of_its_problems(few, tmp_path, toy_tokeni
     train = Problems(load_problems("toy", "train"), toy_tokenizer, 128)
     for row in range(len(train)):
         alone = np.array([row])
-        enc = encoder_batch(train.batch(alone, alone), c, toy_tokenizer.sum)
+        enc = encoder_batch(train.batch(alone), c, toy_tokenizer.sum)
         with torch.no_grad():
             hidden = summary_states(encoder, enc)                                 # (1, n, C)
             alpha = ordinary_softmax(encoder.head(hidden), toy_tokenizer.n_ordinary)
