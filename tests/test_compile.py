@@ -101,7 +101,8 @@ def run(loop, problems, tokenizer, out):
         train_sup.train_superposition(encoder, llm, problems, problems, args, env)
     elif loop == "latent":
         store = EvenStore(problems, args.chunk_size)
-        train_latent.train_latent(llm, store, problems, problems, args, env)
+        train_latent.train_latent(llm, store, problems.caps(args.chunk_size), problems, problems,
+                                  args, env)
     else:
         train_sup.train_explicit(loop, llm, problems, problems, STEPS, args, env)
 
