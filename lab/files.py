@@ -132,10 +132,10 @@ def load(path, settings={}, **made_of):
     try:
         saved = (read_json(source) if path.is_dir() else
                  torch.load(path, map_location="cpu", weights_only=True))
-        version = saved.get("version")
+        version = saved["version"]
     except PermissionError:
         raise
-    except Exception as error:  # a truncated or foreign file fails in many ways
+    except Exception as error:  # a truncated, old or foreign file fails in many ways
         raise UserError(f"{path}: not a file of this project ({type(error).__name__}); {again}")
     if version != VERSION:
         raise UserError(f"{path}: of version {version} of this project, not {VERSION}; {again}")

@@ -78,8 +78,8 @@ FLAGS = {
              "updates of the explicit warm-up"),
         Flag("steps", "sup", "", 0, by_data(400, 1000, 900), "updates of phase 1"),
         Flag("steps", "latent", "", 0, by_data(250, 1000, 1000),
-             "updates (default: 250 for each token of a chunk on the toy task, else 1000; six "
-             "times as many where a chain follows several paths)"),
+             "updates (default: for each token of a chunk 250 on the toy task, 1000 elsewhere; six "
+             "times these where a chain follows several paths)"),
         Flag("eval-every", "sup latent", "", 1, by_data(200, 500, 400),
              "updates between two evaluations, which also save"),
         Flag("compile", "sup latent", "", argparse.BooleanOptionalAction, None,
@@ -184,6 +184,8 @@ def fill_in(args, phase, parent=None, store=None):
     flags = flags_of(phase)
     for field, flag in flags.items():
         require_in_range(flag, getattr(args, field))
+    if getattr(args, "resume", False) and args.overwrite:
+        raise UserError("--resume goes on and --overwrite starts over; choose one of them")
     inherited = parent["settings"] if parent else {}
     for field, value in inherited.items():
         if field not in flags or field == "data_dir" and args.data_dir is None:

@@ -135,8 +135,8 @@ def start(main):
     try:
         main()
     except KeyboardInterrupt:
-        raise SystemExit("stopped; what was saved is untouched, and the same command with --resume "
-                         "(in place of --overwrite) goes on from there")
+        raise SystemExit("stopped; what was saved is untouched, and where a script has --resume "
+                         "the same command with it, in place of --overwrite, goes on from there")
     except OSError as error:
         raise UserError(f"{error.filename or 'the system'}: {error.strerror or error}")
     except (MemoryError, RuntimeError) as error:
