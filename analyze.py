@@ -41,7 +41,7 @@ import numpy as np
 import torch
 
 from data import Problems
-from encoder import count_chunks, pad, split_chunks
+from encoder import chunk_tokens, count_chunks, split_chunks
 from lab.evaluate import gold_prompt
 from lab.files import UserError, build, load, write, write_json
 from lab.flags import PROBLEMS
@@ -111,8 +111,7 @@ def stood_for(problems, known, how, tokenizer, c):
     for problem, chains in zip(problems, known):
         own.append(chain_of_latents(problem, problem["chain"], tokenizer, c, how))
         paths.append([chain_of_latents(problem, text, tokenizer, c, how) for text in chains])
-    N = max(1, max(count_chunks(len(tokens), c) for tokens in own))
-    return pad(own, N * c, value=-1).view(-1, N, c), paths
+    return chunk_tokens(own, c), paths
 
 
 # ---------------------------------------------------------------------------------------- measure

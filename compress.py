@@ -125,7 +125,7 @@ def compress(encoder, train, K, args, env):
 def report_ecr(train, folder, c):
     """Print the ECR at K = c: how many of a chunk's tokens are among the top c of its α."""
     rows = np.arange(min(SAMPLE, len(train)))
-    chunks = chunk_tokens(train.batch(rows), c)                     # (R, N, c)
+    chunks = chunk_tokens([train.s[row] for row in rows], c)              # (R, N, c)
     store = Store(folder)
     _, ids = store.read(rows, chunks.size(1))                             # (R, N, K)
     n = torch.from_numpy(store.n[rows])                                   # (R,)

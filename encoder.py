@@ -290,10 +290,10 @@ def draw_continuations(batch, c, share, from_start, seed, step):
     return rows, k
 
 
-def chunk_tokens(batch, c):
-    """Each chunk's tokens, for losses.bag_kl: int64 (B, N, c), -1 past the chunk's end."""
-    N = max(1, count_batch_chunks(batch, c).max())
-    return pad([p.chain for p in batch.problems], N * c, value=-1).view(-1, N, c)  # (B, N, c)
+def chunk_tokens(chains, c):
+    """Each chunk's tokens, int64 (B, N, c), -1 past its end, for losses.bag_kl. chains: B lists."""
+    N = max(1, count_chunks(max(map(len, chains)), c))
+    return pad(chains, N * c, value=-1).view(-1, N, c)
 
 
 # -------------------------------------------------------------------------------------------- masks

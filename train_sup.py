@@ -74,7 +74,7 @@ def train_superposition(encoder, llm, train, val, args, env, **made_of):
         # a token of the chain takes 1 + 1/c slots, its latent included
         batch = train.train_batch(step, args.batch_size, args.seed, chain_slots=1 + 1 / c)
         enc = encoder_batch(batch, c, env.tokenizer.sum).to(env.device)
-        chunks = chunk_tokens(batch, c).to(env.device)
+        chunks = chunk_tokens([p.chain for p in batch.problems], c).to(env.device)
         with env.autocast():
             states = summary_states(encoder, enc, parts.encoder_mask)          # (B, N, C)
             alpha, z = parts.latent(encoder, states, llm.wte.weight, env.tokenizer.n_ordinary,

@@ -159,7 +159,8 @@ class Bench:
         if name == "sft":
             return (text_batch(batch),)
         if name == "phase 1":
-            return encoder_batch(batch, c, tokenizer.sum), chunk_tokens(batch, c)
+            chunks = chunk_tokens([p.chain for p in batch.problems], c)
+            return encoder_batch(batch, c, tokenizer.sum), chunks
         if name == "compress":
             return (encoder_batch(batch, c, tokenizer.sum),)
         seq = latent_batch(batch, c, self.store.n[batch.rows])

@@ -14,7 +14,7 @@ import torch
 
 from data import Problems
 from decode import latents_prompt
-from encoder import count_chunks, pad
+from encoder import chunk_tokens, count_chunks
 from lab.evaluate import evaluate, summaries
 from lab.metrics import Latents
 
@@ -134,12 +134,10 @@ def decode_along_path(setting, llm, tokens):
     chain itself.
     tokens: of each problem's path, a list of lists. Returns what `evaluate` does.
     """
-    c = setting.c
-    N = max(1, max(count_chunks(len(row), c) for row in tokens))
-    path = pad(tokens, N * c, value=-1).view(-1, N, c)                          # (R, N, c)
+    path = chunk_tokens(tokens, setting.c)                                      # (R, N, c)
 
     def on_latent(batch, step, q, z, active):
-        if step >= N:
+        if step >= path.size(1):
             return None
         chunk = path[torch.from_numpy(batch.rows), step].to(q.device)           # (B, c)
         allowed = torch.zeros(len(q), q.size(1) + 1, device=q.device)
@@ -149,4 +147,4 @@ def decode_along_path(setting, llm, tokens):
         total = restricted.sum(1, keepdim=True)                                 # (B, 1)
         return torch.where(total > 0, restricted / total.clamp(min=FORCED), q)
 
-    return decode_split(setting, llm, c=c, top_k=setting.top_k, on_latent=on_latent)
+    return decode_split(setting, llm, c=setting.c, top_k=setting.top_k, on_latent=on_latent)

@@ -201,7 +201,7 @@ def test_a_batch_is_as_wide_as_its_longest_row(c):
 def test_bags_hold_the_chunks(c):
     """And there are as many of them as the encoder has summaries."""
     for batch in (random_batch(CHAINS), random_batch([0, 0])):
-        bags = chunk_tokens(batch, c)
+        bags = chunk_tokens([p.chain for p in batch.problems], c)
         assert bags.shape == (*encoder_batch(batch, c, VOCAB.sum).summary_index.shape, c)
         for bag, (_, S, _) in zip(bags.tolist(), rows(batch, c)):
             assert [[token for token in chunk if token >= 0] for chunk in bag[:len(S)]] == S

@@ -77,7 +77,8 @@ def test_bag_loss_is_a_dense_kl(c):
             total += (torch.xlogy(bag, bag) - bag * alpha.log()).sum() / len(S)
     alpha, _ = alpha_and_z(encoder, tiny(1), batch, c)
     n = torch.tensor([len(S) for _, S, _ in rows(batch, c)])
-    close(bag_kl(alpha, chunk_tokens(batch, c), n).double(), total / len(CHAINS), 1e-5)
+    chunks = chunk_tokens([p.chain for p in batch.problems], c)
+    close(bag_kl(alpha, chunks, n).double(), total / len(CHAINS), 1e-5)
 
 
 @pytest.mark.parametrize("continued", [[], [0, 2]])
