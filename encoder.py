@@ -276,17 +276,17 @@ def draw_rows(rng, B, share):
     return rng.permutation(B)[:round(share * B)]
 
 
-def draw_continuations(batch, c, share, from_start, seed, step):
+def draw_continuations(batch, c, share, seed, step):
     """Which problems of a batch are continued, and after how many latents: (rows, k), int64 arrays.
 
     rows   `share` of the batch's, at random
-    k      0 … n for each of them, all equally likely, but that a share `from_start` has 0 anyway
+    k      0 … n for each of them, few more often than many: a share sqrt(x) has at most x·(n + 1)
     It is a function of (seed, step), so that a resumed run draws the same.
     """
     rng = generator(seed, step, "continuations")
     rows = draw_rows(rng, len(batch.problems), share)
     n = count_batch_chunks(batch, c)[rows]
-    k = rng.integers(0, n + 1) * (rng.random(len(rows)) >= from_start)
+    k = ((n + 1) * rng.random(len(rows)) ** 2).astype(np.int64)
     return rows, k
 
 

@@ -35,9 +35,6 @@ from lab.sources import load_problems, splits
 from losses import bag_kl, sup_losses, text_loss
 from model import GPT, GPTConfig
 
-FROM_START = 0.25  # share of the continued problems that have no latent at all, besides those
-                   # that draw_continuations draws so
-
 
 # ---------------------------------------------------------------------------------------- the loops
 
@@ -85,8 +82,7 @@ def train_superposition(encoder, llm, train, val, args, env, **made_of):
                 sup = cont = torch.zeros_like(bag)
             else:
                 rate = schedule(step - bag_steps, steps - bag_steps)  # a ramp and a cosine again
-                continued, k = draw_continuations(batch, c, args.continuation, FROM_START,
-                                                  args.seed, step)
+                continued, k = draw_continuations(batch, c, args.continuation, args.seed, step)
                 sup, cont = sup_losses(llm, z, batch, c, continued, k, parts.llm_mask)
         bag_weight = args.bag * (1 - 0.5 * step / steps)  # not to 0: α would leave its chunk again
         loss = sup + cont + bag_weight * bag

@@ -209,10 +209,10 @@ def test_bags_hold_the_chunks(c):
 
 
 @pytest.mark.parametrize("share, count", [(0, 0), (0.4, 12), (1, 30)])
-def test_continuations_are_drawn_evenly_and_anew(share, count):
-    """Of just that share of the rows; k = 0 … n alike, but that a fourth has 0 anyway."""
+def test_continuations_are_drawn_anew(share, count):
+    """Of just that share of the rows; k = 0 … n, at most k in a share sqrt((k + 1) / (n + 1))."""
     def draw(step, seed=0):
-        return draw_continuations(batch, 2, share, 0.25, seed, step)
+        return draw_continuations(batch, 2, share, seed, step)
 
     batch, steps = random_batch([7, 0, 4] * 10), 2000
     drawn_rows, ks = map(np.array, zip(*map(draw, range(steps))))     # (steps, count) each
@@ -225,7 +225,7 @@ def test_continuations_are_drawn_evenly_and_anew(share, count):
     assert even(np.bincount(drawn_rows.flat, minlength=30), steps * count / 30)
     for place, n in enumerate([4, 0, 2]):
         found = np.bincount(ks[drawn_rows % 3 == place], minlength=n + 1)  # (n + 1,)
-        shares = 0.75 / (n + 1) + 0.25 * (np.arange(n + 1) == 0)
+        shares = np.diff(np.sqrt(np.arange(n + 2) / (n + 1)))
         assert len(found) == n + 1 and even(found, found.sum() * shares)
     again, other_step, other_seed = draw(3), draw(4), draw(3, seed=1)
     assert all(map(np.array_equal, again, (drawn_rows[3], ks[3])))
