@@ -1,14 +1,16 @@
 """Measure and show: how well each way to think does, what a latent holds, whether latents matter.
 
-    python analyze.py                                # the test split: report.html, report.json
+    python analyze.py                                # the test problems: report.html, report.json
     python analyze.py --ask "Ann has 6 pens and …"   # one question, in the terminal
 
 report.json (shares are 0 … 1; lists go by position, K, k or i; null: not trained, or not defined):
 
-problems, config   how many of the test split; of this run and of every model in it: settings, what
+problems, config   how many of the split; of this run and of every model in it: settings, what
                    it was made of (ids), made_by {commit, torch, python}
 accuracy, interval (95 %), steps, seconds, unparseable, capped (problems)
                    of {warm_up, explicit, no_cot, latent, gold}
+unseen             {split: {problems; accuracy, interval: of the same}} of the held-out and the test
+                   problems, where the split is of training problems with new numbers
 controls           accuracy, interval of {own, zeroed, shuffled, random}: the latent model when it
                    is given such a chain; donor: the share of the shuffled in which it writes the
                    answer of the problem whose chain it is; cut {problems, k, accuracy}: it is given
@@ -63,6 +65,7 @@ WAYS = {  # of thinking, and the file whose LLM does it
     "latent": "latent",
     "gold": "sup",
 }
+UNSEEN = ["test", "held-out"]  # splits of problems whose words are new, besides the numbers
 KS = (1, 2, 5, 10, 50, 100, RECORDED)  # ECR@K, and at K = c
 
 
@@ -91,9 +94,10 @@ def load_models(args, env, data):
     return found
 
 
-def make_setting(args, env, latent, problems, R, batch_size):
+def make_setting(args, env, latent, problems, batch_size):
     """What all measurements share. latent: the checkpoint of phase 3."""
     settings = latent["settings"]
+    R = min(len(problems), args.limit or len(problems))
     return Setting(
         problems, R, args.chunk_size, settings["caps"],
         encoder_top_k=env.parent["settings"]["top_k"],
@@ -163,6 +167,17 @@ def measure_ways(setting, llms, encoder):
             section[figure][way] = found[figure]
         if way in ("warm_up", "explicit"):
             section["errors"][way] = count_errors(problems.problems, found["answers"])
+    return section
+
+
+def measure_unseen(settings, llms, encoder):
+    """The section `unseen`. settings {split: Setting}."""
+    section = {}
+    for split, setting in settings.items():
+        print(f"{split}: {setting.R} problems whose words are new to the models")
+        found = measure_ways(setting, llms, encoder)
+        section[split] = {"problems": setting.R, "accuracy": found["accuracy"],
+                          "interval": found["interval"]}
     return section
 
 
@@ -245,9 +260,10 @@ def describe(train, saved, env):
 
 
 def write_report(args, report, shown):
-    """report.json and report.html, or report-SPLIT where that is not the test split."""
+    """report.json and report.html, or report-SPLIT where that is not the split by default."""
     html = page(report, shown).encode("utf-8", "replace")  # a question may hold half a character
-    path = args.out / ("report" if args.split == "test" else f"report-{args.split}")
+    usual = "renumbered" if args.renumber else "test"
+    path = args.out / ("report" if args.split == usual else f"report-{args.split}")
     write_json(path.with_suffix(".json"), report)
     write(path.with_suffix(".html"), lambda file: file.write(html))
     print(f"wrote {path}.html and .json")
@@ -265,7 +281,7 @@ def ask(args, env):
         raise UserError(f"--ask: the question has {len(env.tokenizer.encode(args.ask))} tokens; "
                         f"with its answer it must fit the model's {args.block_size} positions "
                         "(--block-size of train_sup.py): ask a shorter one")
-    setting = make_setting(args, env, latent, problem, R=1, batch_size=1)
+    setting = make_setting(args, env, latent, problem, batch_size=1)
     latents = record_latents(setting, build(latent, "llm", env.device))
     n = latents.n[0]
     columns = heaviest_tokens(latents.values[0, :n], latents.ids[0, :n], env.tokenizer)
@@ -284,14 +300,15 @@ def main(argv=None):
         return
 
     # load
-    train, test = splits(args, env, ["train", args.split])
+    also = UNSEEN if args.split == "renumbered" else []
+    train, test, *unseen = splits(args, env, ["train", args.split, *also])
     saved = load_models(args, env, train.fingerprint)
     llms = {file: build(checkpoint, "llm", env.device) for file, checkpoint in saved.items()}
     encoder = build(env.parent, "encoder", env.device)
-    R = min(len(test), args.limit or len(test))
-    problems = test.problems[:R]
+    setting, *others = [make_setting(args, env, saved["latent"], split, args.batch_size)
+                        for split in (test, *unseen)]
+    problems = test.problems[:setting.R]
     known = known_paths(problems, published_solutions(args))
-    setting = make_setting(args, env, saved["latent"], test, R, args.batch_size)
     how = {"encoder": "own", "latent": saved["latent"]["settings"]["paths"]}
     chunks, paths = {}, {}
     for whose in how:
@@ -300,6 +317,7 @@ def main(argv=None):
 
     # measure
     report, chains = measure(setting, llms, encoder, paths, chunks, args.seed)
+    report["unseen"] = measure_unseen(dict(zip(also, others)), llms, encoder)
     report["curves"] = read_curves(args.out)
 
     # write

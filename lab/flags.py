@@ -10,11 +10,12 @@ from typing import NamedTuple
 import toy
 from lab.files import UserError
 from lab.gpt2 import GPT2
-from lab.sources import EASY_LENGTH, EASY_NUMBER, EASY_STEPS
+from lab.sources import COPIES
 
 SHAPE = ("n_layer", "n_head", "n_embd", "block_size")
 SHARES = ("as-told", "continuation", "on-policy")
-PROBLEMS = ("data", "cot", "easy", "renumber", "as_told", "seed")  # they decide what these are
+TRAINED = {"batch_size": 32, "lr": 1e-4}  # what suits GPT-2's own weights
+PROBLEMS = ("data", "cot", "renumber", "as_told", "seed")  # they decide what these are
 
 
 class Flag(NamedTuple):
@@ -22,7 +23,7 @@ class Flag(NamedTuple):
     scripts: str     # that have it, of sup, compress, latent and analyze
     loops: str       # whose results depend on it, of sft, sup, latent, explicit and no_cot
     kind: object     # the least value of a number, choices, or a type; bool: a switch
-    default: object  # or one by preset: {"toy": …, "gsm8k": …, "easy": …}
+    default: object  # or one by preset, as by_data makes it
     help: str
 
 
@@ -31,29 +32,29 @@ TEXT = "sft explicit no_cot"  # the loops of the warm-up and of the baselines
 
 
 def by_data(*values):
-    return dict(zip(("toy", "gsm8k", "easy"), values))
+    """Of the built-in task; the easy problems, on a laptop; GSM8K, on a GPU; any other data."""
+    return dict(zip(("toy", "easy", "gsm8k", "other"), values))
 
 
 FLAGS = {
     "data": [
-        Flag("data", "sup", LEARN, str, "toy", "toy, gsm8k, gsm8k-aug, a .jsonl file in GSM8K's "
-             "form, or a folder with train.jsonl and test.jsonl (default: toy)"),
-        Flag("data-dir", ALL, "", Path, None, "folder with the files of gsm8k or gsm8k-aug "
-             "(default: data/<name>; gsm8k is downloaded)"),
+        Flag("data", "sup", LEARN, str, "toy", "toy (default); easy: the easy problems of GSM8K, "
+             "for a laptop; gsm8k: all of them, for a GPU; gsm8k-aug; a .jsonl file in GSM8K's "
+             "form, or a folder with train.jsonl and test.jsonl"),
+        Flag("data-dir", ALL, "", Path, None, "folder with the files of GSM8K or GSM8K-Aug "
+             "(default: data/gsm8k, to which it is downloaded, and data/gsm8k-aug)"),
         Flag("cot", "sup", LEARN, ("steps", "text"), "steps", "chain of thought: the calculator "
              "steps (default) or the whole solution"),
-        Flag("easy", "sup", LEARN, 0, 0, "GSM8K: train on so many easy problems alone, of at most "
-             f"{EASY_STEPS} steps, {EASY_LENGTH} characters and whole numbers up to {EASY_NUMBER} "
-             "(default: 0 = all problems)"),
-        Flag("renumber", "sup", LEARN, 0, 0, "GSM8K: so many copies of each training problem with "
-             "other numbers (default: 0)"),
+        Flag("renumber", "sup", LEARN, 0, by_data(0, COPIES["easy"], COPIES["gsm8k"], 0),
+             "so many copies of each training problem with other numbers (default: "
+             + ", ".join(f"{name} {copies}" for name, copies in COPIES.items()) + "; else 0)"),
         Flag("as-told", "sup", LEARN, 0.0, toy.AS_TOLD, "toy task: share of the chains that take "
              "the free steps in the order of the question (default: 0.9; 0.167 = all six orders "
              "alike)"),
         Flag("paths", "compress", "", ("own", "all", "parallel"), "own", "own: α of each problem's "
              "own chain (default); all: the mean over all its chains; parallel: and steps that "
              "need none of each other's results share their place"),
-        Flag("batch-size", "sup compress latent", LEARN, 1, by_data(32, 16, 32),
+        Flag("batch-size", "sup compress latent", LEARN, 1, by_data(32, 32, 64, 16),
              "problems in a batch"),
         Flag("batch-size", "analyze", "", 1, 128, "problems in a batch"),
     ],
@@ -67,20 +68,20 @@ FLAGS = {
              "entries of q in z when decoding, 0 = all (default: as in the store)"),
         Flag("init", "sup", TEXT, str, "scratch", "scratch (default), " + ", ".join(GPT2)
              + ", or a checkpoint such as sft.pt"),
-        Flag("n-layer", "sup", LEARN, 1, by_data(3, 4, 3), "layers"),
-        Flag("n-head", "sup", LEARN, 1, by_data(8, 4, 8), "attention heads"),
-        Flag("n-embd", "sup", LEARN, 1, by_data(128, 256, 192), "channels"),
-        Flag("block-size", "sup", LEARN, 1, by_data(128, 384, 128), "positions"),
+        Flag("n-layer", "sup", LEARN, 1, by_data(3, 3, 12, 4), "layers"),
+        Flag("n-head", "sup", LEARN, 1, by_data(8, 8, 12, 4), "attention heads"),
+        Flag("n-embd", "sup", LEARN, 1, by_data(128, 192, 768, 256), "channels"),
+        Flag("block-size", "sup", LEARN, 1, by_data(128, 128, 384, 384), "positions"),
     ],
     "training": [
-        Flag("lr", "sup latent", LEARN, 0.0, by_data(4e-3, 1e-3, 4e-3), "peak learning rate"),
-        Flag("sft-steps", "sup", "", 0, by_data(500, 2000, 3200),
+        Flag("lr", "sup latent", LEARN, 0.0, by_data(4e-3, 4e-3, 1e-3, 1e-3), "peak learning rate"),
+        Flag("sft-steps", "sup", "", 0, by_data(500, 3200, 2600, 2000),
              "updates of the explicit warm-up"),
-        Flag("steps", "sup", "", 0, by_data(400, 1000, 900), "updates of phase 1"),
-        Flag("steps", "latent", "", 0, by_data(250, 1000, 1000),
-             "updates (default: for each token of a chunk 250 on the toy task, 1000 elsewhere; six "
-             "times these where a chain follows several paths)"),
-        Flag("eval-every", "sup latent", "", 1, by_data(200, 500, 400),
+        Flag("steps", "sup", "", 0, by_data(400, 900, 800, 1000), "updates of phase 1"),
+        Flag("steps", "latent", "", 0, by_data(250, 1000, 800, 1000),
+             "updates (default: for each token of a chunk 250 on the toy task, 800 of gsm8k, 1000 "
+             "elsewhere; six times these where a chain follows several paths)"),
+        Flag("eval-every", "sup latent", "", 1, by_data(200, 400, 650, 500),
              "updates between two evaluations, which also save"),
         Flag("compile", "sup latent", "", argparse.BooleanOptionalAction, None,
              "torch.compile the models' blocks in training (default: on cuda)"),
@@ -95,8 +96,8 @@ FLAGS = {
     "ablations": [
         Flag("bag", "sup", "sup", 0.0, 1.0, "bag-of-tokens loss on α: its weight λ, which falls to "
              "a half of this (default: 1; 0 = off)"),
-        Flag("bag-steps", "sup", "sup", 0, by_data(60, 200, 100), "the first of --steps, in which "
-             "the encoder learns by that loss alone (default: a share of --steps)"),
+        Flag("bag-steps", "sup", "sup", 0, by_data(60, 100, 100, 200), "the first of --steps, in "
+             "which the encoder learns by that loss alone (default: a share of --steps)"),
         Flag("continuation", "sup", "sup", 0.0, 0.5, "share of the problems in which the LLM "
              "writes all the rest after some latents; ℓ_sup has the others (default: 0.5)"),
         Flag("encoder-first", "sup", "sup", 0, 0, "the LLM stays frozen for so many updates after "
@@ -107,18 +108,18 @@ FLAGS = {
              "z before it and itself, as in the released code; off: all text before it as well"),
         Flag("latents", "sup", "sup", ("superposition", "hidden"), "superposition", "hidden: z is "
              "the encoder's last hidden state, and phase 3 learns it by regression"),
-        Flag("noise", "latent", "latent", 0.0, by_data(0.1, 1.0, 0.1), "scale of the Gumbel noise "
-             "(default: 1, as in the paper; on the toy task and with --easy 0.1; 0 = off)"),
+        Flag("noise", "latent", "latent", 0.0, by_data(0.1, 0.1, 0.1, 1.0), "scale of the Gumbel "
+             "noise (default: 0.1; with other data than toy, easy and gsm8k 1, as in the paper; "
+             "0 = off)"),
         Flag("on-policy", "latent", "latent", 0.0, 0.0, "share of the problems of a batch whose "
              "input is the latents that the model thinks itself (default: 0)"),
         Flag("start", "latent", "latent", ("sup", "sft"), "sup", "the LLM to start from: that of "
              "phase 1 (default), or the warm-up, which has never read a latent"),
     ],
     "analysis": [
-        Flag("split", "analyze", "", ("test", "easy", "held-out", "renumbered"), "test",
-             "test (default); easy: those test problems that train_sup.py --easy would take; "
-             "held-out: training problems that are kept out whole; renumbered: the training "
-             "problems with numbers that training never had (GSM8K)"),
+        Flag("split", "analyze", "", ("test", "held-out", "renumbered"), None, "test; held-out: "
+             "training problems that are kept out whole; renumbered: training problems with "
+             "numbers that training never had (default: renumbered after --renumber, else test)"),
         Flag("limit", "analyze", "", 1, None, "how many problems (default: all)"),
         Flag("ask", "analyze", "", str, None,
              "answer this question in latents and show each of them"),
@@ -190,17 +191,24 @@ def fill_in(args, phase, parent=None, store=None):
     for field, value in inherited.items():
         if field not in flags or field == "data_dir" and args.data_dir is None:
             setattr(args, field, value)
-    data = args.data or "toy"
-    preset = "toy" if data == "toy" else "easy" if args.easy else "gsm8k"
+    preset = args.data or "toy"
+    if preset not in ("toy", *COPIES):
+        preset = "other"
     given = {field for field in flags if getattr(args, field) is not None}
     for field, flag in flags.items():
         if field not in given:
             by_data = isinstance(flag.default, dict)
             setattr(args, field, flag.default[preset] if by_data else flag.default)
+    if args.init in GPT2:
+        for field, value in TRAINED.items():
+            if field in flags and field not in given:
+                setattr(args, field, value)
     for field in ("top_k", "paths", "noise", "on_policy"):
         if field in given and args.latents == "hidden":
             raise UserError(f"--{field.replace('_', '-')} {getattr(args, field)}: a hidden state "
                             "has no entries to choose from; leave it out")
+    if phase == "analyze":
+        args.split = args.split or ("renumbered" if args.renumber else "test")
     if phase == "latent":
         args.paths = store["settings"]["paths"]
         if "steps" not in given:  # the more a latent token holds, the longer it takes
@@ -222,9 +230,8 @@ def require_in_range(flag, value):
 
 def require_sense(args, given):
     """Raises UserError for flags of phase 1 that contradict each other."""
-    if args.data == "toy" and (args.easy or args.renumber):
-        raise UserError("--easy and --renumber are for GSM8K; the toy task draws new problems "
-                        "already")
+    if args.data == "toy" and args.renumber:
+        raise UserError("--renumber is for GSM8K; the toy task draws new problems already")
     if args.init != "scratch" and given.intersection(SHAPE):
         raise UserError(f"--init {args.init} has a shape of its own; leave out --n-layer, "
                         "--n-head, --n-embd and --block-size")

@@ -252,6 +252,22 @@ def accuracy_table(section):
     return table({key: section[key] for key in ("accuracy", "interval")})
 
 
+def unseen_table(unseen):
+    """The accuracies on problems whose words training never had, if they were measured."""
+    if not unseen:
+        return ""
+    columns = {}
+    for split, section in unseen.items():
+        for key in ("accuracy", "interval"):
+            columns[f"{split} ({section['problems']}), {key}"] = {
+                label: section[key][way] for way, label in LABELS.items()}
+    return table(columns) + (
+        "<p>Problems that training never had, words and all. There the models fail, in text as in "
+        "latents: from so few wordings nobody learns to read, and choosing the steps takes "
+        "reading. Summaries are of the true chain: that they can be read carries over. What "
+        "follows is of problems that training had, with numbers that it never had.</p>")
+
+
 def page(report, shown):
     """report.html as text: one file, no script, no request.
 
@@ -265,6 +281,7 @@ def page(report, shown):
     content = {
         "problems": report["problems"],
         "accuracy": table(accuracy),
+        "unseen": unseen_table(report["unseen"]),
         "errors": table({LABELS[way]: types for way, types in report["errors"].items()}),
         "first": shown[0],
         "verdict": verdict(controls),

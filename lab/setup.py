@@ -34,8 +34,10 @@ def setup(doc, phase, argv=None):
     init = None if name in ("scratch", *GPT2) else load(Path(name))
     parent = None if phase == "sup" else load(args.out / "sup.pt")
     store = load(args.out / "latents", sup=parent["id"]) if phase == "latent" else None
-    fill_in(args, phase, parent, store)
     device = choose_device(args)
+    if phase == "sup":
+        require_gpu(args, device)
+    fill_in(args, phase, parent, store)
     choose_precision(args, device)
     keep_freed_memory()
     torch.manual_seed(args.seed)
@@ -75,6 +77,15 @@ def choose_device(args):
     return device
 
 
+def require_gpu(args, device):
+    """Raises UserError for --data gsm8k on a CPU, where no model of one's own size is given."""
+    if args.data == "gsm8k" and device.type == "cpu" and not (
+            args.n_layer or args.n_embd or args.init):
+        raise UserError(
+            "--data gsm8k trains 98 million parameters, minutes on a GPU and days on a CPU; take "
+            "--data easy, or a size of your own, such as --n-layer 2 --n-head 2 --n-embd 64")
+
+
 def choose_precision(args, device):
     """bfloat16 and torch.compile on a GPU that has them; neither on a CPU."""
     gpu = device.type == "cuda"
@@ -100,7 +111,7 @@ def choose_tokenizer(args, earlier):
         return Tokenizer("toy")
     if args.init in GPT2:
         return Tokenizer("gpt2")
-    train = load_problems(args.data, "train", args.data_dir, args.cot, args.seed, easy=args.easy)
+    train = load_problems(args.data, "train", args.data_dir, args.cot, args.seed)
     return Tokenizer("gpt2", tokens_in_use(train))
 
 

@@ -13,7 +13,9 @@ from lab.renumber import parse, renumbered, templates
 
 TOY_SIZE = {"train": 16000, "val": 256, "test": 1000}
 MAX_PROBLEMS = {"val": 400}   # validation decodes its problems again and again
-EASY_STEPS, EASY_LENGTH, EASY_NUMBER = 4, 220, 60  # at most: see is_easy
+COPIES = {"easy": 200, "gsm8k": 20}  # of each training problem, with other numbers
+EASY = 600  # problems that --data easy trains on; each of them has at most so many steps,
+EASY_STEPS, EASY_LENGTH, EASY_NUMBER = 4, 220, 60  # characters, and so large whole numbers
 
 
 def split_of(question):
@@ -23,7 +25,7 @@ def split_of(question):
 
 
 def is_easy(problem):
-    """Whether --easy takes a problem: few steps, a short question, no number but small whole ones.
+    """Whether --data easy may take a problem: few steps, a short question, small whole numbers.
 
     And all of its numbers are certain, so that --renumber can change some of them.
     """
@@ -40,14 +42,14 @@ def is_easy(problem):
         return False
 
 
-def load_problems(name, split, data_dir=None, cot="steps", seed=0, as_told=toy.AS_TOLD, easy=0):
+def load_problems(name, split, data_dir=None, cot="steps", seed=0, as_told=toy.AS_TOLD):
     """A list of {question, chain, answer[, paths]}, all str, for split 'train', 'val' or 'test'.
 
-    name   toy | gsm8k | gsm8k-aug | a .jsonl file in GSM8K's form | a folder with train.jsonl and
-           test.jsonl
+    name   toy | easy | gsm8k | gsm8k-aug | a .jsonl file in GSM8K's form | a folder with
+           train.jsonl and test.jsonl. easy: of GSM8K 'train' is the first EASY easy problems, 'val'
+           its easy ones; 'test' is whole
     cot    'steps': the calculator annotations in order, '<<48/2=24>> <<48+24=72>>'; 'text': the
            whole solution
-    easy   > 0: 'train' is the first so many easy problems, 'val' its easy ones; 'test' is whole
     'val', and where there is one file only 'test', are cut out of it by `split_of`: 5 % each.
     Raises UserError naming the file, the line and what was expected there.
     """
@@ -58,7 +60,7 @@ def load_problems(name, split, data_dir=None, cot="steps", seed=0, as_told=toy.A
     taken = {"train": ("train", "test"), "val": ("val",), "test": ("train", "val", "test")}[split]
     if name == "gsm8k-aug":
         file = Path(data_dir or "data/gsm8k-aug") / f"{part}.txt"
-    elif name == "gsm8k":
+    elif name in COPIES:
         file = Path(data_dir or "data/gsm8k") / f"{part}.jsonl"
         fetch(file)
     elif Path(name).is_dir():
@@ -66,15 +68,13 @@ def load_problems(name, split, data_dir=None, cot="steps", seed=0, as_told=toy.A
     elif Path(name).is_file():
         file, taken = Path(name), (split,)
     else:
-        raise UserError(f"--data {name}: not toy, gsm8k or gsm8k-aug, and no such file or folder")
+        raise UserError(f"--data {name}: not toy, easy, gsm8k or gsm8k-aug, and no such file or "
+                        "folder")
     rows = read(file, parse_aug if name == "gsm8k-aug" else parse_gsm8k, cot)
     rows = [row for row in rows if split_of(row["question"]) in taken]
-    if easy and split != "test":
-        rows = [row for row in rows if is_easy(row)]
-        if split == "train" and len(rows) < easy:
-            raise UserError(f"--easy {easy}: only {len(rows)} of the training problems in {file} "
-                            "are easy")
-        rows = rows[:easy] if split == "train" else rows
+    if name == "easy" and split != "test":
+        easy = [row for row in rows if is_easy(row)]
+        rows = easy[:EASY] if split == "train" else easy
     if not rows:
         raise UserError(f"{file}: no problem falls to the {split} split, which here is 5 % by "
                         "hash; it takes more problems")
@@ -120,7 +120,7 @@ def known_paths(problems, solved={}):
 
 def published_solutions(args):
     """{question: chains} that OpenAI published for GSM8K's test split; {} where there are none."""
-    if args.data != "gsm8k":
+    if args.data not in COPIES:
         return {}
     file = Path(args.data_dir or "data/gsm8k") / "example_model_solutions.jsonl"
     try:
@@ -134,31 +134,26 @@ def published_solutions(args):
 def load_split(args, split):
     """The problems of a split, with the flags of a script: those of load_problems and more splits.
 
-        train        the training problems, and with --renumber so many copies of each
+        train        the training problems, and --renumber copies of each
         val          training problems that are kept out whole; with --renumber the training
                      problems instead, with numbers that no copy has
         held-out     training problems that are kept out whole
         renumbered   the training problems with numbers that neither a copy nor val has
         test         the test problems
-        easy         those test problems that --easy would take
 
-    args: data, data_dir, cot, seed, as_told, easy, renumber.
+    args: data, data_dir, cot, seed, as_told, renumber.
     """
     if split == "renumbered" and args.data == "toy":
         raise UserError("--split renumbered: the toy task's test problems are new already")
-    source = {"renumbered": "train", "held-out": "val", "easy": "test"}.get(split, split)
+    source = {"renumbered": "train", "held-out": "val"}.get(split, split)
     if split == "val" and args.renumber:
         source = "train"
-    rows = load_problems(args.data, source, args.data_dir, args.cot, args.seed, args.as_told,
-                         args.easy)
-    if split == "easy":
-        rows = [row for row in rows if is_easy(row)]
+    rows = load_problems(args.data, source, args.data_dir, args.cot, args.seed, args.as_told)
     if source == "train" and (args.renumber or split == "renumbered"):
         rows = new_numbers(rows, split, args)
     if not rows:
-        raise UserError(f"--data {args.data}, split {split}: " + (
-            "none of the test problems is easy" if split == "easy" else
-            "no training problem has enough new numbers for it"))
+        raise UserError(f"--data {args.data}, split {split}: no training problem has enough new "
+                        "numbers for it")
     return rows[:MAX_PROBLEMS.get(split)]
 
 

@@ -24,8 +24,8 @@ if (SHARED / "tiktoken").is_dir():
     os.environ.setdefault("TIKTOKEN_CACHE_DIR", str(SHARED / "tiktoken"))
 torch.set_num_threads(1)
 
-import lab.sources  # noqa: E402  (the path is set above)
-from data import Batch, Tokenizer, Tokens  # noqa: E402
+from data import Batch, Tokenizer, Tokens  # noqa: E402  (the path is set above)
+from lab import sources  # noqa: E402
 from lab.files import UserError  # noqa: E402
 from model import GPT, GPTConfig  # noqa: E402
 
@@ -78,15 +78,19 @@ def close(a, b, tol=1e-11):
     torch.testing.assert_close(a, b, rtol=0, atol=tol)
 
 
-def easy_file(folder):
-    """A .jsonl file in `folder`: 300 problems of one step; a fourth of them is not easy."""
+@pytest.fixture
+def easy_folder(tmp_path, monkeypatch):
+    """A folder that passes for GSM8K, of which --data easy takes 12: 320 problems of one step."""
+    monkeypatch.setattr(sources, "fetch", lambda file: None)
+    monkeypatch.setattr(sources, "EASY", 12)
     rows = []
-    for a, b in itertools.product(range(20), range(15)):
-        a = 1000 + a if a % 4 == 0 else a + 20
+    for a, b in itertools.product(range(20), range(16)):
+        a = 1000 + a if a % 4 == 0 else a + 20  # a fourth of them is not easy
         answer = f"<<{a}+{b + 5}={a + b + 5}>> #### {a + b + 5}"
         rows.append(json.dumps({"question": f"{a} pens, and {b + 5} more?", "answer": answer}))
-    (folder / "mine.jsonl").write_text("\n".join(rows))
-    return str(folder / "mine.jsonl")
+    (tmp_path / "train.jsonl").write_text("\n".join(rows[20:]))
+    (tmp_path / "test.jsonl").write_text("\n".join(rows[:20]))
+    return str(tmp_path)
 
 
 def run_script(script, *flags):
@@ -103,7 +107,7 @@ def pipeline(out, *flags, sup=(), latent=()):
 
 @pytest.fixture
 def few(monkeypatch):
-    monkeypatch.setattr(lab.sources, "TOY_SIZE", FEW)
+    monkeypatch.setattr(sources, "TOY_SIZE", FEW)
 
 
 @pytest.fixture
@@ -118,7 +122,7 @@ def finished(tmp_path_factory):
     """A folder in which all phases and the baselines are done. Not to be changed."""
     out = tmp_path_factory.mktemp("finished") / "run"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(lab.sources, "TOY_SIZE", FEW)
+        patch.setattr(sources, "TOY_SIZE", FEW)
         pipeline(out)
         run_script("train_sup", *TINY, "--baselines", "--baseline-steps", 6, "--out", out)
     return out

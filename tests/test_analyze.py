@@ -288,7 +288,7 @@ def test_gsm8k_from_end_to_end(gsm8k, gpt2_tokenizer, tmp_path, monkeypatch):
         lines = lines[:8] if name == "test" else [x for x in lines[:100] if len(x) < 500]
         (tmp_path / f"{name}.jsonl").write_text("\n".join(lines), "utf-8")
     out = tmp_path / "out"
-    pipeline(out, sup=["--data", "gsm8k", "--data-dir", tmp_path, "--block-size", 384])
+    pipeline(out, sup=["--data", "gsm8k", "--data-dir", tmp_path, "--renumber", 0])
     assert report_of(out, "--limit", 2)["parallelism"] is None
     page = (out / "report.html").read_text("utf-8")
     assert '"charts" hidden' in page and ".charts[hidden]" in page  # `display: grid` would show it

@@ -65,14 +65,19 @@ def other(tmp_path_factory):
     (["--baselines"], "sft.pt: no such file; run train_sup.py first, with the same --out"),
     (["--init", "nowhere.pt"], "nowhere.pt: no such file"),  # says so before it looks at others
     (["--init", ROOT / "README.md"], "README.md: not a file of this project"),
-    (["--data", "gsm9k"], "--data gsm9k: not toy, gsm8k or gsm8k-aug, and no such file or folder"),
+    (["--data", "gsm9k"], "--data gsm9k: not toy, easy, gsm8k or gsm8k-aug, and no such file"),
     (["--data", "gsm8k-aug", "--data-dir", "nowhere"], "nowhere/train.txt: no such file"),
-    (["--data", SAMPLE, "--easy", 99], "--easy 99: only 4 of the training problems in"),
 ])
-def test_a_flag_that_makes_no_sense(tmp_path, refused, flags, says, request):
-    if SAMPLE in flags:
-        request.getfixturevalue("gpt2_tokenizer")
+def test_a_flag_that_makes_no_sense(tmp_path, refused, flags, says):
     refused("train_sup", *TINY, "--out", tmp_path / "run", *flags, says=says)
+
+
+def test_gsm8k_on_a_cpu_takes_a_size_of_ones_own(tmp_path, refused):
+    flags = ["--data", "gsm8k", "--device", "cpu", "--data-dir", tmp_path, "--out", tmp_path]
+    refused("train_sup", *flags, says="minutes on a GPU and days on a CPU; take --data easy")
+    (tmp_path / "train.jsonl").write_text("{}")
+    for size in ["--n-layer", 2], ["--n-embd", 96]:
+        refused("train_sup", *flags, *size, says="train.jsonl: not GSM8K as published")
 
 
 def test_a_folder_without_its_test_split_is_refused_before_training(

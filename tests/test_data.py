@@ -14,7 +14,7 @@ import pytest
 import data
 import lab.sources
 import toy
-from conftest import ROOT, easy_file
+from conftest import ROOT
 from data import Problems, Tokenizer, parse_gsm8k, read, tokens_in_use
 from encoder import count_batch_chunks, encoder_batch, latent_batch, text_batch
 from lab.files import UserError
@@ -279,7 +279,7 @@ def test_an_answer_of_one_number_is_kept_as_written(answer, kept):
 def settings(name, data_dir=None, **flags):
     """The flags of a script that decide what its problems are."""
     return SimpleNamespace(**{"data": name, "data_dir": data_dir, "cot": "steps", "seed": 0,
-                              "as_told": 0.8, "easy": 0, "renumber": 0, **flags})
+                              "as_told": 0.8, "renumber": 0, **flags})
 
 
 def test_what_has_no_chain_is_said(tmp_path, toy_tokenizer, capsys):
@@ -325,16 +325,15 @@ def test_what_is_easy(easy, problem):
     assert is_easy(problem) == easy
 
 
-def test_easy_problems_alone_are_trained_on_and_none_that_is_held_out(tmp_path):
-    name = easy_file(tmp_path)
-    whole = {split: load_problems(name, split) for split in SPLITS}
-    easy = {split: load_problems(name, split, easy=9) for split in SPLITS}
-    assert easy["train"] == [p for p in whole["train"] if is_easy(p)][:9]
+def test_easy_problems_alone_are_trained_on_and_none_that_is_held_out(easy_folder):
+    whole = {split: load_problems("gsm8k", split, easy_folder) for split in SPLITS}
+    easy = {split: load_problems("easy", split, easy_folder) for split in SPLITS}
+    assert easy["train"] == [p for p in whole["train"] if is_easy(p)][:12]
     assert easy["val"] == [p for p in whole["val"] if is_easy(p)] != whole["val"]
     assert easy["test"] == whole["test"]
-    args = settings(name, easy=9, renumber=3)
+    args = settings("easy", easy_folder, renumber=3)
     trained = [p["question"] for p in load_split(args, "train")]
-    assert len(trained) == 9 * 4 and {p["question"] for p in easy["train"]} < set(trained)
+    assert len(trained) == 12 * 4 and {p["question"] for p in easy["train"]} < set(trained)
     held_out = {p["question"] for p in whole["val"] + whole["test"]}
     assert not held_out & set(trained)
     with_new_numbers = [{p["question"] for p in load_split(args, split)}
@@ -342,8 +341,6 @@ def test_easy_problems_alone_are_trained_on_and_none_that_is_held_out(tmp_path):
     assert all(with_new_numbers) and not with_new_numbers[0] & with_new_numbers[1]
     assert not set.union(*with_new_numbers) & {*trained}
     assert load_split(args, "held-out") == easy["val"]
-    only = load_split(args, "easy")
-    assert only == [p for p in whole["test"] if is_easy(p)] and 0 < len(only) < len(held_out)
 
 
 def test_nothing_that_gsm8k_holds_out_is_in_its_easy_part(gsm8k):
@@ -351,7 +348,7 @@ def test_nothing_that_gsm8k_holds_out_is_in_its_easy_part(gsm8k):
     def words(rows):
         return {re.sub(r"[\d,.]+", "#", p["question"]) for p in rows}
 
-    train = load_problems("gsm8k", "train", gsm8k, easy=600)
+    train = load_problems("easy", "train", gsm8k)
     held_out = load_problems("gsm8k", "val", gsm8k) + load_problems("gsm8k", "test", gsm8k)
     assert len(train) == 600 and not words(train) & words(held_out)
     copies = new_numbers(train[:100], "train", settings("gsm8k", gsm8k, renumber=2))

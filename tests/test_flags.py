@@ -34,8 +34,9 @@ def filled(phase, *flags, first=(), paths="own"):
 @pytest.mark.parametrize("data, preset", [
     ([], "toy"),
     (["--data", "gsm8k", "--data-dir", "there"], "gsm8k"),
-    (["--data", "mine.jsonl", "--renumber", 2], "gsm8k"),
-    (["--data", "mine.jsonl", "--easy", 9], "easy"),
+    (["--data", "easy"], "easy"),
+    (["--data", "mine.jsonl", "--renumber", 2], "other"),
+    (["--data", "gsm8k-aug"], "other"),
 ])
 def test_what_is_not_given_follows_from_the_data(phase, data, preset):
     """In later phases from the data of phase 1, whose flags they do not have."""
@@ -45,6 +46,8 @@ def test_what_is_not_given_follows_from_the_data(phase, data, preset):
         default = flag.default[preset] if isinstance(flag.default, dict) else flag.default
         if (phase, flag.name) == ("latent", "steps"):
             default *= 4  # so many for each token of a chunk
+        if flag.name == "split":
+            default = "renumbered" if args.renumber else "test"
         if f"--{flag.name}" not in first:
             assert getattr(args, field(flag)) == default or flag.name == "data-dir", flag.name
     assert (args.n_layer, args.seed, args.chunk_size) == (7, 5, 4)
@@ -71,7 +74,7 @@ def test_what_is_given_is_taken():
     (["--steps", 30], 4),  # 60 of 400, as by default
     (["--steps", 5], 0),
     (["--steps", 30, "--bag-steps", 10], 10),
-    (["--data", "gsm8k", "--steps", 30], 6),
+    (["--data", "other", "--steps", 30], 6),
 ])
 def test_the_encoder_keeps_its_share_of_the_updates(flags, bag_steps):
     assert filled("sup", *flags).bag_steps == bag_steps
@@ -106,8 +109,7 @@ def test_what_is_out_of_range_is_refused(phase, flag, capsys):
 
 
 @pytest.mark.parametrize("flags, says", [
-    (["--easy", 3], "--easy and --renumber are for GSM8K"),
-    (["--renumber", 3], "--easy and --renumber are for GSM8K"),
+    (["--renumber", 3], "--renumber is for GSM8K"),
     (["--as-told", 1.5], "--as-told 1.5: must be a share, 0 to 1"),
     (["--seed", 2 ** 70], "--seed 1180591620717411303424: must be a number"),
     (["--init", "mine.pt", "--n-layer", 2], "--init mine.pt has a shape of its own"),

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from conftest import FEW, LATENT, ROOT, TINY, easy_file, pipeline
+from conftest import FEW, LATENT, ROOT, TINY, pipeline
 from data import Problems
 from encoder import encoder_batch, ordinary_softmax, summary_states, top_k_renormalized
 from lab.files import Store, build, load
@@ -108,14 +108,22 @@ def test_a_file_of_your_own(call, gpt2_tokenizer, cot, capsys):
     assert "z_0" in capsys.readouterr().out
 
 
-def test_later_phases_keep_to_the_easy_problems(call, gpt2_tokenizer, tmp_path):
+def test_one_report_of_new_numbers_and_of_new_words(call, gpt2_tokenizer, easy_folder, tmp_path):
+    """Where training had other numbers; the later phases keep to the same problems."""
     out = tmp_path / "run"
-    pipeline(out, sup=["--data", easy_file(tmp_path), "--easy", 12, "--renumber", 2])
+    pipeline(out, sup=["--data", "easy", "--data-dir", easy_folder, "--renumber", 2])
     store = Store(out / "latents")
     assert len(store.offsets) == 3 * 12 and store.offsets.max() < len(store.ids)
-    call("analyze", "--split", "easy", "--limit", 2, "--out", out)
-    report = json.loads((out / "report-easy.json").read_text("utf-8"))
-    assert {part["settings"]["easy"] for part in report["config"].values()} == {12}
+    call("analyze", "--limit", 3, "--out", out)
+    report = json.loads((out / "report.json").read_text("utf-8"))
+    assert report["config"]["analyze"]["settings"]["split"] == "renumbered"
+    assert {split: unseen["problems"] for split, unseen in report["unseen"].items()} == {
+        "test": 3, "held-out": 3}
+    call("analyze", "--split", "test", "--limit", 3, "--out", out)
+    alone = json.loads((out / "report-test.json").read_text("utf-8"))
+    for figure in "accuracy", "interval":
+        assert alone[figure] == report["unseen"]["test"][figure]
+    assert alone["unseen"] == {} and alone["problems"] == 3
 
 
 def test_problems_without_a_chain_of_thought(call, gpt2_tokenizer, tmp_path):
