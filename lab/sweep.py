@@ -1,4 +1,4 @@
-"""Every ablation over several seeds in one command, as a table: sweep.md.
+"""Every ablation over several seeds in one command, as a table: sweep.md, and sweep.json.
 
     python -m lab.sweep                               # all settings, seeds 0, 1 and 2
     python -m lab.sweep --list                        # the settings and their flags
@@ -13,7 +13,8 @@ them. The folder is named after the flags that led to it, so settings that agree
 it. What the script says is in stage.log.
 
 Stages run side by side. After Ctrl-C, or a crash, the same command goes on where it stopped. The
-table is written anew after every analysis.
+table is written anew after every analysis, and so are the figures of each seed, sweep.json, from
+which lab/charts.py draws.
 """
 import argparse
 import os
@@ -250,7 +251,8 @@ def figures(analysis, way):
     controls, continued = report["controls"]["accuracy"], report["continuation"]["accuracy"]
     paths, collapse = report["parallelism"], report["collapse"]
     return found | {
-        "explicit": report["accuracy"]["warm_up"], "gold": report["accuracy"]["gold"],
+        "explicit": report["accuracy"]["warm_up"], "explicit steps": report["steps"]["warm_up"],
+        "gold": report["accuracy"]["gold"],
         "lowest continuation": min(continued), "from none": continued[0],
         "controls": max(controls[name] for name in ("zeroed", "shuffled", "random")),
         "covered": paths and paths["latent"]["covered"],
@@ -291,8 +293,26 @@ def rows_of(settings, analyses):
     return rows
 
 
+def by_seed(settings, analyses):
+    """{name: {flags, commit, seeds {seed: figures}}}, of the settings with an analysis done."""
+    found = {}
+    for (name, seed), stage in analyses.items():
+        if stage.done:
+            flags = dict(settings)[name]
+            config = read_json(stage.folder / "report.json")["config"]
+            commit = config["analyze"]["made_by"]["commit"]
+            ways = BASELINES.values() if "baselines" in flags else ["latent"]
+            measured = {way: {head: figure for head, figure in figures(stage, way).items()
+                              if head != "interval"} for way in ways}
+            setting = found.setdefault(name, {"flags": flags, "commit": "", "seeds": {}})
+            if commit not in setting["commit"].split():
+                setting["commit"] = f"{setting['commit']} {commit}".strip()
+            setting["seeds"][str(seed)] = measured.get("latent", measured)
+    return found
+
+
 def write_results(analyses, args):
-    """Write sweep.md. analyses {(setting, seed): its Stage}; args: settings, out and smoke."""
+    """Write sweep.md and sweep.json. analyses {(setting, seed): its Stage}; args: as parsed."""
     rows = rows_of(args.settings, analyses)
     done = sum(analysis.done for analysis in analyses.values())
     state = f"{done} of {len(analyses)} runs are done: a run is a setting with a seed."
@@ -303,6 +323,7 @@ def write_results(analyses, args):
     lines = ["| " + " | ".join(line) + " |" for line in lines]
     text = "\n".join(["# The ablations", "", state, "", *lines, "", NOTES, ""])
     write(args.out / "sweep.md", lambda file: file.write(text.encode()))
+    write_json(args.out / "sweep.json", by_seed(args.settings, analyses))
 
 
 # --------------------------------------------------------------------------------------- the script
@@ -355,7 +376,7 @@ def main(argv=None):
         raise UserError("stopped; the same command goes on from here")
     if any(analysis.done for analysis in analyses.values()):
         write_results(analyses, args)
-        print(f"wrote {args.out}/sweep.md")
+        print(f"wrote {args.out}/sweep.md and sweep.json")
     if failed:
         raise UserError(f"{len(failed)} stages failed, see above; the same command tries again")
 

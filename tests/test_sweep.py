@@ -53,7 +53,8 @@ report = {"accuracy": ways, "interval": {way: [a - 0.1, a + 0.1] for way, a in w
           "continuation": {"accuracy": [0.25, 0.125, 1.0]},
           "controls": {"accuracy": dict(own=1, zeroed=0.0, shuffled=0.5, random=0.25)},
           "collapse": None if seed else {"accuracy": {"top c": 0.75}},
-          "parallelism": {"latent": {"covered": 1.5 + seed, "covered_most": 2.75}}}
+          "parallelism": {"latent": {"covered": 1.5 + seed, "covered_most": 2.75}},
+          "config": {"analyze": {"made_by": {"commit": f"abc{seed}"}}}}
 (out / makes[kind]).parent.mkdir(exist_ok=True)
 (out / makes[kind]).write_text(json.dumps(report))
 (out / "ended").write_text(str(time.time()))
@@ -147,6 +148,20 @@ def test_means_and_ranges_over_seeds(swept):
         "steps": "21.5", "explicit": "0.100", "gold": "0.900", "lowest continuation": "0.125",
         "from none": "0.250", "controls": "0.500", "covered": "2.00 of 2.75", "cut to c": "0.750",
         "seconds": "", "flags": "phase-3 --noise 0"}
+
+
+def test_the_figures_of_each_seed(swept):
+    found = json.loads((swept / "sweep.json").read_text())
+    assert list(found) == ["default", "noise-0", "baselines-c=4"]
+    assert found["noise-0"]["commit"] == "abc0 abc1"
+    assert found["noise-0"]["flags"] == {"phase-3": "--noise 0"}
+    assert found["noise-0"]["seeds"]["1"].pop("seconds") > 0
+    assert found["noise-0"]["seeds"]["1"] == {
+        "accuracy": 0.75, "steps": 23.0, "explicit": 0.1, "explicit steps": 23.0, "gold": 0.9,
+        "lowest continuation": 0.125, "from none": 0.25, "controls": 0.5, "covered": 2.5,
+        "most": 2.75, "cut to c": None}
+    assert found["baselines-c=4"]["seeds"]["0"] == {
+        "explicit": {"accuracy": 0.2, "steps": 20.0}, "no_cot": {"accuracy": 0.3, "steps": 20.0}}
 
 
 def test_the_same_command_again_tries_what_failed_and_nothing_else(swept, capsys):
