@@ -1,14 +1,14 @@
 """How fast is each part, and how close to what this machine can do?
 
     python -m lab.bench                                # the toy task's sizes, on a GPU if any
-    python -m lab.bench --preset gsm8k --json b.json   # the same as JSON, too
+    python -m lab.bench --preset gsm8k --json b.json   # 98M parameters, for a GPU; as JSON, too
     python -m lab.bench --preset easy --tokens 50256   # with GPT-2's whole vocabulary
     python -m lab.bench --quick                        # three minutes on one core: fewer repeats
 
 Weights and tokens are random, the lengths are those of the data; nothing is downloaded and nothing
 trained. What is compared is timed in turn, and what is printed are medians. train_sup.py's flags
-for model and training work, too: GPT-2 is --preset gsm8k --tokens 50256 --n-layer 12 --n-head 12
---n-embd 768, and how a part scales is asked with --batch-size 64 or --chunk-size 4.
+for model and training work, too: GPT-2 is --preset gsm8k --tokens 50256, and how a part scales is
+asked with --batch-size 128 or --chunk-size 4.
 
 FLOPs are counted from the shapes: 2 m k n for every product of an (m, k) and a (k, n) matrix,
 forward and backward, padding and masked pairs included, and nothing for the rest (softmax, GELU,

@@ -59,7 +59,7 @@ def keep_freed_memory():
 
     It would give each of them back to the system when it is freed, and have new pages filled with
     zeros when the next one is made. With the attention scores of phase 1, (32, 8, 200, 200), an
-    update took 1.2 to 1.4 times as long (LAB.md). Other systems' malloc has no such setting.
+    update took 1.2 to 1.4 times as long (docs/lab.md). Other systems' malloc has no such setting.
     """
     with contextlib.suppress(OSError, AttributeError, TypeError):
         malloc = ctypes.CDLL(None)
