@@ -78,6 +78,14 @@ def close(a, b, tol=1e-11):
     torch.testing.assert_close(a, b, rtol=0, atol=tol)
 
 
+def same(a, b):
+    """Whether two values are the same: tensors bit for bit, so that nan is nan, and -0 is not 0."""
+    if torch.is_tensor(a) and torch.is_tensor(b):
+        alike = (a.dtype, a.shape) == (b.dtype, b.shape)
+        return alike and a.numpy().tobytes() == b.numpy().tobytes()
+    return type(a) is type(b) and not torch.is_tensor(a) and a == b
+
+
 @pytest.fixture
 def easy_folder(tmp_path, monkeypatch):
     """A folder that passes for GSM8K, of which --data easy takes 12: 320 problems of one step."""

@@ -13,17 +13,25 @@ import argparse
 import json
 import os
 import random
+import shlex
 import shutil
 import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
 
 import torch
+from conftest import ROOT, same
 
-from gate import ROOT, difference, leaves, start
+START = """
+import runpy, sys
+from lab import sources
 
-SIZE = {"train": 1600, "val": 8, "test": 40}  # of the toy task
+sources.TOY_SIZE.update(train=1600, val=8, test=40)
+sys.argv.pop(0)
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
 MAY_DIFFER = ("seconds", "log_length")  # the seconds in a log make it longer or shorter
 SCRIPTS = {
     "train_sup.py": "--n-layer 1 --n-embd 16 --n-head 1 --batch-size 8 --sft-steps 40 --steps 40 "
@@ -37,7 +45,11 @@ SCRIPTS = {
 def begin(script, out, again=""):
     """(the process, the file of what it says), once it has said a word, after the imports."""
     said = tempfile.TemporaryFile("w+")
-    process = start(ROOT, out, [f"{script} {SCRIPTS[script]} {again}"], SIZE, said)
+    flags = shlex.split(f"{SCRIPTS[script]} {again} --out {shlex.quote(str(out))}")
+    process = subprocess.Popen(
+        [sys.executable, "-c", START, str(ROOT / script), *flags], cwd=out, stdout=said,
+        stderr=subprocess.STDOUT,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"})
     while process.poll() is None and not os.fstat(said.fileno()).st_size:
         time.sleep(0.01)
     return process, said
@@ -74,6 +86,18 @@ def killed(script, out, seconds, kills, rng, expected):
     shutil.rmtree(fresh)
 
 
+def leaves(x, name):
+    """{where it stands: value} of nested dicts and lists."""
+    if isinstance(x, list):
+        x = dict(enumerate(x))
+    if not isinstance(x, dict):
+        return {name: x}
+    found = {}
+    for key, value in x.items():
+        found.update(leaves(value, f"{name} {key}"))
+    return found
+
+
 def contents(folder):
     """{where it stands: value} of all files; a page is left out, since it shows the seconds."""
     found = {}
@@ -94,7 +118,7 @@ def contents(folder):
 
 def require_same(script, expected, found):
     names = [name for name in {**expected, **found}
-             if difference(expected.get(name, "nothing"), found.get(name, "nothing"))]
+             if not same(expected.get(name), found.get(name))]
     if names:
         raise SystemExit(f"{script}, killed: these are not the same: {', '.join(names[:8])}")
 

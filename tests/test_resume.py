@@ -3,8 +3,7 @@ import numpy as np
 import pytest
 
 import lab.sources
-from conftest import FEW, TINY, pipeline, run_script
-from gate import difference
+from conftest import FEW, TINY, pipeline, run_script, same
 from kill import contents
 from lab.files import StoreWriter, UserError, load
 from lab.run import Run
@@ -44,7 +43,7 @@ def until_it_ends(command):
 def require_same(whole, cut):
     """All files, but for the seconds in them."""
     whole, cut = contents(whole), contents(cut)
-    assert not [name for name in {**whole, **cut} if difference(whole.get(name), cut.get(name))]
+    assert not [name for name in {**whole, **cut} if not same(whole.get(name), cut.get(name))]
 
 
 def made_up_scores(patch):
