@@ -109,8 +109,8 @@ FLAGS = {
         Flag("latents", "sup", "sup", ("superposition", "hidden"), "superposition", "hidden: z is "
              "the encoder's last hidden state, and phase 3 learns it by regression"),
         Flag("noise", "latent", "latent", 0.0, by_data(0.1, 0.1, 0.1, 1.0), "scale of the Gumbel "
-             "noise (default: 0.1; with other data than toy, easy and gsm8k 1, as in the paper; "
-             "0 = off)"),
+             "noise (default: 0.1; with --on-policy, or other data than toy, easy and gsm8k, 1 as "
+             "in the paper; 0 = off)"),
         Flag("on-policy", "latent", "latent", 0.0, 0.0, "share of the problems of a batch whose "
              "input is the latents that the model thinks itself (default: 0)"),
         Flag("start", "latent", "latent", ("sup", "sft"), "sup", "the LLM to start from: that of "
@@ -211,6 +211,8 @@ def fill_in(args, phase, parent=None, store=None):
         args.split = args.split or ("renumbered" if args.renumber else "test")
     if phase == "latent":
         args.paths = store["settings"]["paths"]
+        if "noise" not in given and args.on_policy > 0:
+            args.noise = 1.0
         if "steps" not in given:  # the more a latent token holds, the longer it takes
             several = args.paths != "own" or args.on_policy > 0
             args.steps *= 6 if several else args.chunk_size

@@ -55,12 +55,13 @@ def test_what_is_not_given_follows_from_the_data(phase, data, preset):
     assert str(args.data_dir) == ("there" if "there" in data else "None")
 
 
-@pytest.mark.parametrize("flags, paths, steps", [
-    ([], "own", 1000), ([], "all", 1500), ([], "parallel", 1500),
-    (["--on-policy", 0.5], "own", 1500), (["--steps", 7], "all", 7)])
-def test_a_chain_of_several_paths_takes_longer(flags, paths, steps):
+@pytest.mark.parametrize("flags, paths, steps, noise", [
+    ([], "own", 1000, 0.1), ([], "all", 1500, 0.1), ([], "parallel", 1500, 0.1),
+    (["--on-policy", 0.5], "own", 1500, 1), (["--steps", 7], "all", 7, 0.1),
+    (["--on-policy", 0.5, "--noise", 0], "own", 1500, 0)])
+def test_a_chain_of_several_paths_takes_longer(flags, paths, steps, noise):
     args = filled("latent", *flags, first=["--chunk-size", 4], paths=paths)
-    assert (args.steps, args.paths) == (steps, paths)
+    assert (args.steps, args.paths, args.noise) == (steps, paths, noise)
 
 
 def test_what_is_given_is_taken():
