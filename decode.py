@@ -115,29 +115,6 @@ def decode(llm, tokenizer, x, pos, length, c=0, top_k=0, max_latents=0, max_toke
     return Decoded(tokens, n, capped)
 
 
-def with_own_latents(z, rows, llm, tokenizer, batch, c, top_k):
-    """z (B, N, C), but that in its `rows` stand the latents that the LLM thinks from the question.
-
-    rows int64 array (b,). No gradient flows through them. Where its chain is shorter, the z given
-    stay.
-    """
-    if not len(rows):
-        return z
-    own = z.detach()[rows]                                                 # (b, N, C)
-
-    def keep(step, q, mine, active):
-        own[active, step] = mine[active].to(own.dtype)
-
-    # the blocks that are compiled for training have no graph of one vector on a cache
-    with torch.no_grad(), torch.compiler.set_stance("force_eager"):
-        reader = Reader(llm, *question_prompt(llm, batch.some(rows), z.device), z.size(1))
-        n = think(reader, tokenizer, c, z.size(1), top_k, alpha_and_latent, keep)  # (b,)
-    torch.clear_autocast_cache()  # of casts of the weights, which have no gradient here
-    thought = torch.arange(z.size(1), device=z.device) < n[:, None]        # (b, N)
-    own = torch.where(thought[:, :, None], own, z[rows])
-    return z.index_copy(0, torch.from_numpy(rows).to(z.device), own)
-
-
 # ------------------------------------------------------------------------------------------ prompts
 
 def question_prompt(llm, batch, device):

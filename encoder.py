@@ -202,6 +202,9 @@ class Layout(NamedTuple):
     def to(self, device):
         return Layout(*(tensor.to(device, non_blocking=True) for tensor in self))
 
+    def some(self, rows):
+        return Layout(*(tensor[rows] for tensor in self))
+
 
 def pad(rows, width, value=0, dtype=np.int64):
     """Lists of at most `width` entries as one tensor (B, width), filled up with `value`."""

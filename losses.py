@@ -20,7 +20,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from encoder import chain_batch, generator, insert_latents, sup_batch, supervision_mask
+from encoder import (alpha_and_latent, chain_batch, generator, insert_latents, sup_batch,
+                     supervision_mask)
 
 
 def mean_over_latents(loss, n):
@@ -125,6 +126,21 @@ def read_chain(llm, seq, z):
     x = insert_latents(llm.wte(seq.ids), z, seq.latent)                        # (B, T, C)
     index = torch.cat([seq.summary_index, seq.predict_index], 1)               # (B, N + P)
     return llm(x, seq.pos, index=index)
+
+
+@torch.no_grad()
+def own_latents(llm, seq, z, n_ordinary, top_k, passes):
+    """The chain z (B, N, C), which the LLM thinks anew: `passes` times, each z_i ← Σ q_i[v]·E[v].
+
+    After k passes the first k latents are those that decoding would feed, and a later one is what
+    the LLM thinks after latents that are in part its own. N passes make a chain of its own.
+    """
+    own = z
+    for _ in range(passes):
+        hidden = read_chain(llm, seq, own)[:, :z.size(1)]                      # (B, N, C)
+        _, own = alpha_and_latent(llm, hidden, llm.wte.weight, n_ordinary, top_k)
+    torch.clear_autocast_cache()  # of casts of the weights, which have no gradient here
+    return own.to(z.dtype)
 
 
 def latent_loss(llm, seq, z, p, ids):

@@ -7,11 +7,12 @@ X <bot> z₀ … z_{n-1} <eot> Ans, made of the α that phase 2 stored, under th
 model's next-token distribution must match α_i at the slot before z_i (L_lat), and predict <eot> and
 the answer after the last z (L_exp). At every update the α are perturbed anew with Gumbel noise, in
 the input and in the target, so that the model sees many chains around the stored one. With
---on-policy the input of some problems is what the model thinks itself; the target stays. It is
-scored by latent decoding: it feeds itself latents until it predicts <eot>, then writes the answer.
+--on-policy the input of some problems is what the model thinks itself; the target stays. The score
+is that of latent decoding: it feeds itself latents until it predicts <eot>, then writes the answer.
 Next: analyze.py
 """
-from decode import with_own_latents
+import torch
+
 from encoder import draw_rows, generator, latent_batch, superpose_sparse
 from lab.ablations import hidden_loss
 from lab.evaluate import evaluate
@@ -20,7 +21,9 @@ from lab.optim import Optimizer, schedule
 from lab.run import Run
 from lab.setup import compile_blocks, setup, start
 from lab.sources import splits
-from losses import gumbel_noise, gumbel_perturb, latent_loss
+from losses import gumbel_noise, gumbel_perturb, latent_loss, own_latents
+
+PASSES = 4  # in which an on-policy chain is thought again: so many of its latents are then its own
 
 
 def train_latent(llm, store, caps, train, val, args, env, **made_of):
@@ -42,7 +45,10 @@ def train_latent(llm, store, caps, train, val, args, env, **made_of):
                 p = gumbel_perturb(values, noise)                              # (B, N, K)
                 z = superpose_sparse(p, ids, llm.wte.weight)                   # (B, N, C)
                 rows = draw_rows(generator(args.seed, step, "on-policy"), len(z), args.on_policy)
-                z = with_own_latents(z, rows, llm, env.tokenizer, batch, c, K)
+                if len(rows):
+                    own = own_latents(llm, seq.some(rows), z[rows], env.tokenizer.n_ordinary, K,
+                                      PASSES)
+                    z = z.index_copy(0, torch.from_numpy(rows).to(env.device), own)
                 exp, lat = latent_loss(llm, seq, z, p, ids)
         loss = exp + lat
         loss.backward()

@@ -9,10 +9,11 @@ import torch
 from compress import mean_alpha
 from conftest import VOCAB, close, random_batch, tiny
 from data import Batch
-from decode import decode, question_prompt, with_own_latents
-from encoder import Parts, encoder_batch, ordinary_softmax, summary_states
+from decode import decode, question_prompt
+from encoder import Parts, encoder_batch, latent_batch, ordinary_softmax, summary_states
 from lab.paths import left_out, orders, parallel_runs, with_same_places
 from lab.renumber import NUMBER, value_of
+from losses import own_latents
 
 ENV = type("Env", (), {"tokenizer": VOCAB, "device": torch.device("cpu"), "parts": Parts()})
 
@@ -89,26 +90,25 @@ def test_the_toy_tasks_free_steps_share_the_place_of_the_first(toy_tokenizer, c,
 
 # -------------------------------------------------------------------------------- on-policy latents
 
+@pytest.mark.parametrize("passes", [1, 3, 5])
 @pytest.mark.parametrize("c, top_k", [(1, 0), (2, 4)])
-def test_own_latents_are_those_that_decoding_feeds(c, top_k):
-    """No gradient flows through them, and the other rows keep theirs."""
-    batch, llm = random_batch([6, 9, 3, 8], seed=3), tiny(5)
+def test_the_first_latents_are_those_that_decoding_feeds(c, top_k, passes):
+    """As many as there are passes; no gradient flows through them."""
+    batch, llm, N = random_batch([6, 9, 3, 8], seed=3), tiny(5), 5
     fed = {}
 
     def watch(step, q, z, active):
         for row in active.nonzero()[:, 0].tolist():
             fed[row, step] = z[row].double()
 
-    N = 5
-    out = decode(llm, VOCAB, *question_prompt(llm, batch, "cpu"), c=c, top_k=top_k, max_latents=N,
-                 max_tokens=3, on_latent=watch)
+    with torch.no_grad():
+        llm.wte.weight[VOCAB.eot] = 0  # so that no chain ends before the cap
+    decode(llm, VOCAB, *question_prompt(llm, batch, "cpu"), c=c, top_k=top_k, max_latents=N,
+           max_tokens=3, on_latent=watch)
+    seq = latent_batch(batch, c, np.full(4, N))
     z = torch.randn(4, N, 16, dtype=torch.float64, requires_grad=True)
-    rows = np.array([2, 0])
-    mixed = with_own_latents(z, rows, llm, VOCAB, batch, c, top_k)
-    mixed.sum().backward()
+    own = own_latents(llm, seq, z, VOCAB.n_ordinary, top_k, passes)
+    assert not own.requires_grad and len(fed) == 4 * N
     for row in range(4):
-        for step in range(N):
-            own = row in (2, 0) and step < out.latents[row]
-            close(mixed[row, step], fed[row, step] if own else z[row, step], 1e-6)
-            assert (z.grad[row, step] == (0 if own else 1)).all()
-    assert out.latents[[2, 0]].max() > 0
+        for step in range(passes):
+            close(own[row, step], fed[row, step], 1e-6)

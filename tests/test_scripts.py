@@ -29,14 +29,6 @@ def test_the_scripts_in_a_row(few, monkeypatch, tmp_path):
         log = [json.loads(row) for row in (out / f"{loop}.jsonl").read_text("utf-8").splitlines()]
         losses = [row["loss"] for row in log if "loss" in row]
         assert len(losses) == steps and np.isfinite(losses).all()
-        for row in log:  # what is minimised is the sum of its parts, and all of them count
-            if loop == "latent" and "loss" in row:
-                assert row["loss"] == pytest.approx(row["exp"] + row["lat"], rel=1e-5)
-                assert min(row["exp"], row["lat"]) > 0
-            if loop == "sup" and "loss" in row:
-                bag = (1 - 0.5 * (row["step"] - 1) / steps) * row["bag"]
-                assert row["loss"] == pytest.approx(row["sup"] + row["cont"] + bag, rel=1e-5)
-                assert (row["sup"] > 0 and row["cont"] > 0) == (row["step"] > 1) and bag > 0
         assert [row["step"] for row in log if "score" in row] == [steps]
         assert torch.load(out / f"{loop}.pt", weights_only=True)["step"] == steps
     report = json.loads((out / "report.json").read_text("utf-8"))
