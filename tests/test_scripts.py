@@ -41,7 +41,7 @@ def test_the_scripts_in_a_row(few, monkeypatch, tmp_path):
     (["--chunk-size", 1, "--ltsum", "local", "--bag", 0, "--continuation", 0], ["--noise", 0], 50),
     (["--top-k", 5], [], 5),
     (["--sft-steps", 0], [], 50),
-    (["--dtype", "bfloat16"], ["--dtype", "bfloat16"], 50),
+    (["--dtype", "bfloat16"], ["--dtype", "bfloat16", "--on-policy", 0.5], 50),
 ], ids=["c=4", "ablations", "top-k", "no-sft", "bfloat16"])
 def test_flags_that_change_the_path(few, tmp_path, flags, latent, K):
     pipeline(tmp_path, sup=flags, latent=latent)
