@@ -1,10 +1,11 @@
 """Phase 1: an encoder learns to write chunks of a chain of thought as superpositions, and an LLM
 to read them.
 
-    python train_sup.py                                        # the toy task, on a laptop
-    python train_sup.py --baselines                            # afterwards: what to compare with
-    python train_sup.py --data gsm8k                           # GSM8K, downloaded once
-    python train_sup.py --data gsm8k --init gpt2 --lr 1e-4     # from OpenAI's GPT-2
+    python train_sup.py                              # the toy task, on a laptop
+    python train_sup.py --baselines                  # afterwards: what to compare with
+    python train_sup.py --data easy                  # easy problems of GSM8K, on a laptop
+    python train_sup.py --data gsm8k                 # all of GSM8K, on a GPU
+    python train_sup.py --data gsm8k --init gpt2     # from OpenAI's GPT-2
 
 First a warm-up, supervised fine-tuning (SFT) on X <bot> S <eot> Ans, kept as sft.pt: an LLM that
 thinks in text. Encoder and LLM then start as copies of it. For a few updates the encoder alone
