@@ -75,7 +75,7 @@ FLAGS = {
     ],
     "training": [
         Flag("lr", "sup latent", LEARN, 0.0, by_data(4e-3, 4e-3, 1e-3, 1e-3), "peak learning rate"),
-        Flag("sft-steps", "sup", "", 0, by_data(500, 3200, 2600, 2000),
+        Flag("sft-steps", "sup", "", 0, by_data(600, 3200, 2600, 2000),
              "updates of the explicit warm-up"),
         Flag("steps", "sup", "", 0, by_data(400, 900, 800, 1000), "updates of phase 1"),
         Flag("steps", "latent", "", 0, by_data(250, 1000, 800, 1000),
