@@ -138,7 +138,7 @@ def built_in(settings):
     sizes = {2: "default", 4: "c=4", 8: "c=8"}
     return {"text": point("baselines", "explicit"),
             "latent": [{"c": c} | point(name) for c, name in sizes.items()],
-            "no_cot": taken(settings, "accuracy", "baselines", "baselines-c=4", way="no_cot"),
+            "no_cot": taken(settings, "accuracy", "baselines", way="no_cot"),
             "false": taken(settings, "controls", *sizes.values())}
 
 
