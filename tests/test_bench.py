@@ -43,7 +43,7 @@ def test_no_problem_is_too_long(tmp_path, c):
 
 def test_sizes_are_those_of_the_preset_where_no_flag_says_more(tmp_path):
     args, _ = bench.setup(tmp_path, ["--preset", "gsm8k", "--n-layer", "2", "--device", "cpu"])
-    assert (args.n_layer, args.n_embd, args.block_size, args.batch_size) == (2, 256, 384, 16)
+    assert (args.n_layer, args.n_embd, args.block_size, args.batch_size) == (2, 768, 384, 64)
 
 
 def test_all_figures_are_there(small, tmp_path):

@@ -111,14 +111,14 @@ def test_two_graphs_serve_all_layers_widths_and_models(problems, tokenizer, tmp_
     """One for the last block, which goes on with a few slots alone, and one for the others.
 
     Both are made in a loop's first update: the causal mask's in the first loop, those of the masks
-    of phase 1, one a problem, in that one.
+    of phase 1, one a problem, in that one; those of on-policy passes, without gradient, in phase 3.
     """
     torch.manual_seed(0)
     watch = Watch(monkeypatch)
     # in phase 1 the LLM is idle as long as there are bags; then it reads either half of a batch
     in_sup = STEPS + 2 * (STEPS - BAG_STEPS)
     for loop, passes, graphs in (("sft", STEPS, 2), ("no_cot", STEPS, 2), ("sup", in_sup, 4),
-                                 ("latent", STEPS, 4)):
+                                 ("latent", STEPS, 6)):
         watch.calls.clear()
         run(loop, problems, tokenizer, tmp_path)
         calls = [(width, made) for width, training, made in watch.calls if training]
