@@ -46,7 +46,7 @@ from data import Problems
 from encoder import chunk_tokens, count_chunks, split_chunks
 from lab.evaluate import gold_prompt
 from lab.files import UserError, build, load, write, write_json
-from lab.flags import PROBLEMS
+from lab.flags import PROBLEMS, usual_split
 from lab.metrics import (count_errors, mean, measure_ecr, measure_parallelism, measure_shape,
                          wilson)
 from lab.numbers import to_number
@@ -262,8 +262,7 @@ def describe(train, saved, env):
 def write_report(args, report, shown):
     """report.json and report.html, or report-SPLIT where that is not the split by default."""
     html = page(report, shown).encode("utf-8", "replace")  # a question may hold half a character
-    usual = "renumbered" if args.renumber else "test"
-    path = args.out / ("report" if args.split == usual else f"report-{args.split}")
+    path = args.out / ("report" if args.split == usual_split(args) else f"report-{args.split}")
     write_json(path.with_suffix(".json"), report)
     write(path.with_suffix(".html"), lambda file: file.write(html))
     print(f"wrote {path}.html and .json")

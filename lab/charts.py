@@ -23,6 +23,7 @@ from textwrap import shorten
 from lab.files import UserError, read_json, write, write_json
 from lab.report import HEAVIEST, scale
 from lab.setup import start
+from lab.sweep import mean
 
 ASSETS = Path("assets")
 TEMPLATE = Path(__file__).with_suffix(".svg")
@@ -62,10 +63,6 @@ def picture(height, says, body):
     """The whole file; `says` is for those who cannot see it."""
     template = Template(TEMPLATE.read_text("utf-8"))
     return template.substitute(height=height, says=escape(says), body=body)
-
-
-def mean(values):
-    return sum(values) / len(values)
 
 
 def taken(settings, figure, *names, way=None):
@@ -133,7 +130,7 @@ def built_in(settings):
     def point(name, way=None):
         steps = taken(settings, "steps", name, way=way)
         accuracy = taken(settings, "accuracy", name, way=way)
-        return {"steps": mean(steps) if steps else None, "accuracy": accuracy}
+        return {"steps": mean(steps), "accuracy": accuracy}
 
     sizes = {2: "default", 4: "c=4", 8: "c=8"}
     return {"text": point("baselines", "explicit"),

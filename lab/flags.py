@@ -208,7 +208,7 @@ def fill_in(args, phase, parent=None, store=None):
             raise UserError(f"--{field.replace('_', '-')} {getattr(args, field)}: a hidden state "
                             "has no entries to choose from; leave it out")
     if phase == "analyze":
-        args.split = args.split or ("renumbered" if args.renumber else "test")
+        args.split = args.split or usual_split(args)
     if phase == "latent":
         args.paths = store["settings"]["paths"]
         if "noise" not in given and args.on_policy > 0:
@@ -220,6 +220,11 @@ def fill_in(args, phase, parent=None, store=None):
         if "bag_steps" not in given:
             args.bag_steps = args.steps * args.bag_steps // flags["steps"].default[preset]
         require_sense(args, given)
+
+
+def usual_split(args):
+    """What analyze.py measures by default: after --renumber the problems with new numbers."""
+    return "renumbered" if args.renumber else "test"
 
 
 def require_in_range(flag, value):

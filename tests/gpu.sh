@@ -4,7 +4,8 @@
 #   bash tests/gpu.sh out/gsm8k                     # about ten minutes on an H200
 #   bash tests/gpu.sh out/tiny --n-layer 1 --n-head 1 --n-embd 16 --renumber 0 --sft-steps 2 --steps 4
 #
-# The first argument is the folder to write to; all others are flags of train_sup.py.
+# The first argument is the folder to write to; all others are flags of train_sup.py. To try it on a
+# CPU: STEPS are the updates of phase 3, PRESET the flags of the bench, such as "--preset toy".
 set -euo pipefail
 cd "$(dirname "$0")/.."
 out=$1
