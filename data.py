@@ -68,8 +68,8 @@ def parse_gsm8k(line, cot):
 def make_problem(question, text, cot):
     """A problem {question, chain, answer}, all str, from its question and 'solution #### answer'.
 
-    cot  'steps': the chain is the calculator annotations, '<<48/2=24>> <<48+24=72>>'; 'text': it is
-         the whole solution
+    cot  'steps': the chain is the calculator annotations, '<<48/2=24>>\\n<<48+24=72>>'; 'text': it
+         is the whole solution
     """
     question = question.strip()
     solution, hashes, answer = text.rpartition("####")
@@ -83,8 +83,12 @@ def make_problem(question, text, cot):
 
 
 def chain_of(solution, cot):
-    """The chain of thought in a solution: its calculator steps, or all of its text."""
-    return " ".join(re.findall(r"<<[^<>]*>>", solution)) if cot == "steps" else solution.strip()
+    """The chain of thought in a solution: its calculator steps, a line each, or all of its text.
+
+    <<48/2=24>> and the end of its line are eight of GPT-2's tokens, so that chunks of 2 or 4 end
+    where steps end.
+    """
+    return "\n".join(re.findall(r"<<[^<>]*>>", solution)) if cot == "steps" else solution.strip()
 
 
 def fetch(file):

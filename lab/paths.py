@@ -35,14 +35,16 @@ def orders(problem):
 
     Those of the toy task are its paths: there the steps that follow name the results in this order.
     """
-    steps, chains, place = problem["chain"].split(" "), [[]], 0
+    pieces = re.split(r"(<<[^<>]*>>)", problem["chain"])  # steps, and what stands around them
+    steps, chains, place = pieces[1::2], [[]], 0
     runs = {} if "paths" in problem else dict(parallel_runs(problem))
     while place < len(steps):
         count = runs.get(place, 1)
         tails = list(permutations(steps[place:place + count]))[:MAX_ORDERS]
         chains = [[*chain, *tail] for chain in chains for tail in tails][:MAX_ORDERS]
         place += count
-    return [" ".join(chain) for chain in chains]
+    between = pieces[2::2]
+    return [pieces[0] + "".join(map("".join, zip(chain, between))) for chain in chains]
 
 
 def with_same_places(chains, tokenizer):

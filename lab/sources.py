@@ -48,7 +48,7 @@ def load_problems(name, split, data_dir=None, cot="steps", seed=0, as_told=toy.A
     name   toy | easy | gsm8k | gsm8k-aug | a .jsonl file in GSM8K's form | a folder with
            train.jsonl and test.jsonl. easy: of GSM8K 'train' is the first EASY easy problems, 'val'
            its easy ones; 'test' is whole
-    cot    'steps': the calculator annotations in order, '<<48/2=24>> <<48+24=72>>'; 'text': the
+    cot    'steps': the calculator annotations in order, '<<48/2=24>>\\n<<48+24=72>>'; 'text': the
            whole solution
     'val', and where there is one file only 'test', are cut out of it by `split_of`: 5 % each.
     Raises UserError naming the file, the line and what was expected there.

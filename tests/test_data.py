@@ -198,7 +198,7 @@ def test_own_jsonl_in_the_form_of_gsm8k():
     assert all(found.values()) and sum(map(len, found.values())) == 16
     assert all(split_of(p["question"]) == split for split, rows in found.items() for p in rows)
     rows = {p["question"].split()[0]: p for rows in found.values() for p in rows}
-    assert rows["Rosa"]["chain"] == "<<12*2=24>> <<12+24=36>>" and rows["Rosa"]["answer"] == "36"
+    assert rows["Rosa"]["chain"] == "<<12*2=24>>\n<<12+24=36>>" and rows["Rosa"]["answer"] == "36"
     assert rows["How"]["chain"] == ""  # no calculator step, no chain
     text = {p["question"].split()[0]: p for p in load_problems(str(SAMPLE), "train", cot="text")}
     assert text["How"]["chain"] == "Eight legs three times over."
@@ -221,7 +221,7 @@ def test_gsm8k_aug(tmp_path):
     chain = "<<600*30/100=180>> <<600-180=420>>"
     (tmp_path / "test.txt").write_text(f"{question}||{chain} #### 420\n")
     assert load_problems("gsm8k-aug", "test", tmp_path) == [
-        {"question": question, "chain": chain, "answer": "420"}]
+        {"question": question, "chain": chain.replace(" ", "\n"), "answer": "420"}]
 
 
 OBJECT, NUMBER = "expected a JSON object with the texts", "expected one number after '####'"
