@@ -65,10 +65,9 @@ def picture(height, says, body):
     return template.substitute(height=height, says=escape(says), body=body)
 
 
-def taken(settings, figure, *names, way=None):
-    """A figure of all seeds of these settings, as far as there are any; way: of that baseline."""
-    found = [one[way] if way else one for name in names
-             for one in settings.get(name, {"seeds": {}})["seeds"].values()]
+def taken(settings, figure, *names):
+    """A figure of all seeds of these settings, as far as there are any."""
+    found = [one for name in names for one in settings.get(name, {"seeds": {}})["seeds"].values()]
     return [one[figure] for one in found if one.get(figure) is not None]
 
 
@@ -127,15 +126,14 @@ def unseen(left, right, data):
 
 def built_in(settings):
     """The built-in task's figures in the form of the section `easy`."""
-    def point(name, way=None):
-        steps = taken(settings, "steps", name, way=way)
-        accuracy = taken(settings, "accuracy", name, way=way)
+    def point(name):
+        steps, accuracy = (taken(settings, figure, name) for figure in ("steps", "accuracy"))
         return {"steps": mean(steps), "accuracy": accuracy}
 
     sizes = {2: "default", 4: "c=4", 8: "c=8"}
-    return {"text": point("baselines", "explicit"),
+    return {"text": point("explicit"),
             "latent": [{"c": c} | point(name) for c, name in sizes.items()],
-            "no_cot": taken(settings, "accuracy", "baselines", way="no_cot"),
+            "no_cot": taken(settings, "accuracy", "no-CoT"),
             "false": taken(settings, "controls", *sizes.values())}
 
 
@@ -164,7 +162,7 @@ BARS = {  # file: what it says, and its groups: title, the longest bar, {head: f
          [("superpositions", "blue", "recipe before"), ("one token each", "warm", "top-1")])]),
     "paths.svg": ("Parallel steps make the chain shorter, and need their superposition.", [
         ("Steps between question and answer", LONGEST, {"steps": "steps", "right": "accuracy"},
-         [("text", "soft", "baselines"),
+         [("text", "soft", "explicit"),
           ("one path, c = 2", "blue", "default"), ("parallel, c = 2", "green", "parallel"),
           ("one path, c = 4", "blue", "c=4"), ("parallel, c = 4", "green", "parallel-c=4")]),
         ("Right when latents keep two tokens", 1, {"cut": "cut to c", "whole": "accuracy"},
@@ -181,8 +179,7 @@ def bars(settings, says, groups):
         places = (786, 876)[-len(columns):]
         svg += "".join(text(x, y, head, "soft", "end") for x, head in zip(places, columns))
         for name, kind, setting in entries:
-            way = "explicit" if setting == "baselines" else None
-            found = [taken(settings, figure, setting, way=way) for figure in columns.values()]
+            found = [taken(settings, figure, setting) for figure in columns.values()]
             if not all(found):
                 continue
             y += 38

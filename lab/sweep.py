@@ -242,9 +242,8 @@ def mean(values):
     return sum(known) / len(known) if known else None
 
 
-def figures(analysis, way):
+def figures(report, way, seconds):
     """{head of a column: figure} of one report.json; way: latent, explicit or no_cot."""
-    report = read_json(analysis.folder / "report.json")
     found = {figure: report[figure][way] for figure in ("accuracy", "interval", "steps")}
     if way != "latent":
         return found
@@ -258,21 +257,28 @@ def figures(analysis, way):
         "covered": paths and paths["latent"]["covered"],
         "most": paths and paths["latent"]["covered_most"],
         "cut to c": collapse and collapse["accuracy"]["top c"],
-        "seconds": sum(need.seconds for need in analysis.needs if need.kind != "baselines")}
+        "seconds": seconds}
 
 
-def row_of(analyses, way):
-    """{head of a column: entry}, the means over these analyses, one of each seed."""
-    found = [figures(analysis, way) for analysis in analyses]
-    accuracies = [one["accuracy"] for one in found]
-    row = {head: mean([one[head] for one in found]) for head in found[0] if head != "interval"}
-    if way == "latent":
-        row["seconds"] = round(row["seconds"])
-        if row["covered"] is not None:
-            row["covered"] = f"{row['covered']:.2f} of {row['most']:.2f}"
-    if len(found) == 1:
-        return row | {"seeds": "1*", "range": found[0]["interval"]}
-    return row | {"seeds": str(len(found)), "range": [min(accuracies), max(accuracies)]}
+def by_seed(settings, analyses):
+    """{row of the table: {flags, commit, seeds {seed: figures}}}, of the analyses that are done."""
+    rows = {}
+    for name, flags in settings:
+        ways = {name: "latent"}
+        if "baselines" in flags:
+            ways = {row + name.removeprefix("baselines"): way for row, way in BASELINES.items()}
+        for (of, seed), stage in analyses.items():
+            if of != name or not stage.done:
+                continue
+            report = read_json(stage.folder / "report.json")
+            commit = report["config"]["analyze"]["made_by"]["commit"]
+            seconds = sum(need.seconds for need in stage.needs if need.kind != "baselines")
+            for label, way in ways.items():
+                row = rows.setdefault(label, {"flags": flags, "commit": "", "seeds": {}})
+                row["seeds"][str(seed)] = figures(report, way, seconds)
+                if commit not in row["commit"]:
+                    row["commit"] = f"{row['commit']} {commit}".strip()
+    return rows
 
 
 def in_words(flags):
@@ -280,40 +286,25 @@ def in_words(flags):
     return ", ".join(f"{kind} {words}" for kind, words in flags.items())
 
 
-def rows_of(settings, analyses):
-    """{name: row}, of the settings with an analysis that is done."""
-    rows = {}
-    for name, flags in settings:
-        done = [stage for (of, _), stage in analyses.items() if of == name and stage.done]
-        ways = {name: "latent"}
-        if "baselines" in flags:
-            ways = {row + name.removeprefix("baselines"): way for row, way in BASELINES.items()}
-        for label, way in ways.items() if done else ():
-            rows[label] = row_of(done, way) | {"flags": in_words(flags)}
-    return rows
-
-
-def by_seed(settings, analyses):
-    """{name: {flags, commit, seeds {seed: figures}}}, of the settings with an analysis done."""
-    found = {}
-    for (name, seed), stage in analyses.items():
-        if stage.done:
-            flags = dict(settings)[name]
-            config = read_json(stage.folder / "report.json")["config"]
-            commit = config["analyze"]["made_by"]["commit"]
-            ways = BASELINES.values() if "baselines" in flags else ["latent"]
-            measured = {way: {head: figure for head, figure in figures(stage, way).items()
-                              if head != "interval"} for way in ways}
-            setting = found.setdefault(name, {"flags": flags, "commit": "", "seeds": {}})
-            if commit not in setting["commit"].split():
-                setting["commit"] = f"{setting['commit']} {commit}".strip()
-            setting["seeds"][str(seed)] = measured.get("latent", measured)
-    return found
+def row_of(setting):
+    """{head: entry}, the means over the seeds of an entry of `by_seed`."""
+    found = list(setting["seeds"].values())
+    accuracies = [one["accuracy"] for one in found]
+    row = {head: mean([one[head] for one in found]) for head in found[0] if head != "interval"}
+    row["flags"] = in_words(setting["flags"])
+    if "seconds" in row:
+        row["seconds"] = round(row["seconds"])
+    if row.get("covered") is not None:
+        row["covered"] = f"{row['covered']:.2f} of {row['most']:.2f}"
+    if len(found) == 1:
+        return row | {"seeds": "1*", "range": found[0]["interval"]}
+    return row | {"seeds": str(len(found)), "range": [min(accuracies), max(accuracies)]}
 
 
 def write_results(analyses, args):
     """Write sweep.md and sweep.json. analyses {(setting, seed): its Stage}; args: as parsed."""
-    rows = rows_of(args.settings, analyses)
+    found = by_seed(args.settings, analyses)
+    rows = {label: row_of(setting) for label, setting in found.items()}
     done = sum(analysis.done for analysis in analyses.values())
     state = f"{done} of {len(analyses)} runs are done: a run is a setting with a seed."
     if args.smoke:
@@ -323,7 +314,7 @@ def write_results(analyses, args):
     lines = ["| " + " | ".join(line) + " |" for line in lines]
     text = "\n".join(["# The ablations", "", state, "", *lines, "", NOTES, ""])
     write(args.out / "sweep.md", lambda file: file.write(text.encode()))
-    write_json(args.out / "sweep.json", by_seed(args.settings, analyses))
+    write_json(args.out / "sweep.json", found)
 
 
 # --------------------------------------------------------------------------------------- the script

@@ -15,7 +15,7 @@ import data
 import lab.sources
 import toy
 from conftest import ROOT
-from data import Problems, Tokenizer, parse_gsm8k, read, tokens_in_use
+from data import Problems, Tokenizer, chain_of, parse_gsm8k, read, tokens_in_use
 from encoder import count_batch_chunks, encoder_batch, latent_batch, text_batch
 from lab.files import UserError
 from lab.numbers import to_number
@@ -191,6 +191,12 @@ def test_all_of_gsm8k_parses_and_tokenizes(gsm8k, gpt2_tokenizer):
         assert (len(done), done.dropped) == (8792, 0)
         for row in range(0, 8792, 97):
             assert gpt2_tokenizer.decode(done.s[row]) == every[row]["chain"]
+
+
+def test_a_step_of_gsm8k_is_eight_tokens(gpt2_tokenizer):
+    """So that chunks of two or four end where steps end."""
+    chain = chain_of("It is 48/2=<<48/2=24>>24, and 48+24=<<48+24=72>>72.", "steps")
+    assert len(gpt2_tokenizer.encode(chain)) == 8 + 7
 
 
 def test_own_jsonl_in_the_form_of_gsm8k():

@@ -152,16 +152,16 @@ def test_means_and_ranges_over_seeds(swept):
 
 def test_the_figures_of_each_seed(swept):
     found = json.loads((swept / "sweep.json").read_text())
-    assert list(found) == ["default", "noise-0", "baselines-c=4"]
+    assert list(found) == ["default", "noise-0", "explicit-c=4", "no-CoT-c=4"]
     assert found["noise-0"]["commit"] == "abc0 abc1"
     assert found["noise-0"]["flags"] == {"phase-3": "--noise 0"}
     assert found["noise-0"]["seeds"]["1"].pop("seconds") > 0
     assert found["noise-0"]["seeds"]["1"] == {
         "accuracy": 0.75, "steps": 23.0, "explicit": 0.1, "explicit steps": 23.0, "gold": 0.9,
         "lowest continuation": 0.125, "from none": 0.25, "controls": 0.5, "covered": 2.5,
-        "most": 2.75, "cut to c": None}
-    assert found["baselines-c=4"]["seeds"]["0"] == {
-        "explicit": {"accuracy": 0.2, "steps": 20.0}, "no_cot": {"accuracy": 0.3, "steps": 20.0}}
+        "most": 2.75, "cut to c": None, "interval": [0.65, 0.85]}
+    assert found["no-CoT-c=4"]["seeds"]["0"] == {
+        "accuracy": 0.3, "interval": [0.3 - 0.1, 0.4], "steps": 20.0}
 
 
 def test_the_same_command_again_tries_what_failed_and_nothing_else(swept, capsys):
