@@ -9,13 +9,13 @@ import toy
 from data import Problems, chain_of, fetch, make_problem, parse_gsm8k, read
 from lab.files import UserError
 from lab.numbers import numbers, to_number
-from lab.renumber import parse, renumbered, templates
+from lab.renumber import NUMBER, parse, renumbered, templates
 
 TOY_SIZE = {"train": 16000, "val": 256, "test": 1000}
 MAX_PROBLEMS = {"val": 400}   # validation decodes its problems again and again
 COPIES = {"easy": 200, "gsm8k": 20}  # of each training problem, with other numbers
 EASY = 600  # problems that --data easy trains on; each of them has at most so many steps,
-EASY_STEPS, EASY_LENGTH, EASY_NUMBER = 4, 220, 60  # characters, and so large whole numbers
+EASY_STEPS, EASY_LENGTH, EASY_NUMBER = 4, 240, 60  # characters, and so large whole numbers
 
 
 def split_of(question):
@@ -27,9 +27,13 @@ def split_of(question):
 def is_easy(problem):
     """Whether --data easy may take a problem: few steps, a short question, small whole numbers.
 
-    And all of its numbers are certain, so that --renumber can change some of them.
+    Each step is of two numbers, so that with its line end it is eight tokens. And all numbers are
+    certain, so that --renumber can change some of them.
     """
-    if problem["chain"].count("<<") > EASY_STEPS or len(problem["question"]) > EASY_LENGTH:
+    steps = re.findall(r"<<([^<>]*)>>", problem["chain"])
+    if len(steps) > EASY_STEPS or len(problem["question"]) > EASY_LENGTH:
+        return False
+    if any(len(NUMBER.findall(step)) != 3 for step in steps):  # the third is the result
         return False
     said = numbers(problem["question"])
     said += map(to_number, re.findall(r"\.?\d[\d.,]*", problem["chain"]))

@@ -317,13 +317,14 @@ def easy_problem(question="Ida has 14 pens and buys 3 boxes of 6. How many has s
 @pytest.mark.parametrize("easy, problem", [
     (True, easy_problem()),
     (True, easy_problem(chain="In boxes: <<3*6=18>>18.\nSo it's <<14+18=32>>32.")),
-    (False, easy_problem(question="Ida has 14 pens and buys 3 boxes of 6." + " Why?" * 40)),
+    (False, easy_problem(question="Ida has 14 pens and buys 3 boxes of 6." + " Why?" * 50)),
     (False, easy_problem(question="Ida has 14 pens and buys 3 boxes of 6 in 1998.")),
     (False, easy_problem(question="Ida has 14 pens and buys 3 boxes of 6.5.",
                          chain="<<3*6.5=19.5>> <<14+19.5=33.5>>", answer="33.5")),
     (False, easy_problem(question="Ida has 14 pens and buys 3 boxes of 16.",
                          chain="<<3*16=48>> <<14+48=62>>", answer="62")),
     (False, easy_problem(chain="<<3*6=18>> <<3*6=18>> <<3*6=18>> <<3*6=18>> <<14+18=32>>")),
+    (False, easy_problem(chain="<<14+3*6=32>>")),
     (False, easy_problem(chain="<<3*7=21>> <<14+21=35>>", answer="35")),  # where from is the 7?
     (False, easy_problem(chain="")),
 ])
