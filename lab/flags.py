@@ -75,11 +75,11 @@ FLAGS = {
     ],
     "training": [
         Flag("lr", "sup latent", LEARN, 0.0, by_data(4e-3, 4e-3, 1e-3, 1e-3), "peak learning rate"),
-        Flag("sft-steps", "sup", "", 0, by_data(600, 3200, 2600, 2000),
+        Flag("sft-steps", "sup", "", 0, by_data(600, 2400, 2600, 2000),
              "updates of the explicit warm-up"),
         Flag("steps", "sup", "", 0, by_data(400, 900, 800, 1000), "updates of phase 1"),
-        Flag("steps", "latent", "", 0, by_data(250, 1000, 800, 1000),
-             "updates (default: for each token of a chunk 250 on the toy task, 800 of gsm8k, 1000 "
+        Flag("steps", "latent", "", 0, by_data(250, 800, 800, 1000),
+             "updates (default: for each token of a chunk 250 on the toy task, 800 of GSM8K, 1000 "
              "elsewhere; six times these where a chain follows several paths)"),
         Flag("eval-every", "sup latent", "", 1, by_data(200, 400, 650, 500),
              "updates between two evaluations, which also save"),
