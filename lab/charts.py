@@ -108,7 +108,7 @@ def panel(left, right, title, data):
     for words, kind, point in points:
         places = [place(point["steps"], accuracy, left, right) for accuracy in point["accuracy"]]
         svg += "".join(dot(x, y, kind) for x, y in places)
-        svg += text(places[0][0], max(y for _, y in places) + 32, words, kind, "middle")
+        svg += text(places[0][0], min(y for _, y in places) - 16, words, kind, "middle")
     return svg
 
 
@@ -121,7 +121,7 @@ def unseen(left, right, data):
     svg = "".join(dot(*at[way], f"{kind} hollow") for way, kind in (
         ("text", "ink"), ("latent", "blue"), ("gold", "green")))
     svg += text(right + 14, at["latent"][1] - 20, "unseen wordings", "ink", "end")
-    return svg + text(right + 14, at["gold"][1] - 26, "unseen, given true latents", "green", "end")
+    return svg + text(right + 14, at["gold"][1] + 36, "unseen, given true latents", "green", "end")
 
 
 def built_in(settings):
