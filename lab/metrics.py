@@ -12,7 +12,6 @@ Shapes here, beside those of model.py:
 
 Arrays of tokens are padded with -1.
 """
-import re
 from collections import Counter
 from fractions import Fraction
 from typing import NamedTuple
@@ -21,7 +20,7 @@ import torch
 
 from encoder import count_chunks, pad
 from lab.numbers import to_number
-from lab.renumber import ALWAYS, NUMBER, PERCENT, constants_of, is_arithmetic, value_of
+from lab.renumber import ALWAYS, NUMBER, PERCENT, STEP, constants_of, is_arithmetic, value_of
 
 FLOOR = 1e-6      # the mass of a span at least, since its logarithm is taken
 HALVES = 8        # bins of the histogram of covered spans: 0 … 0.5, 0.5 … 1, … 4
@@ -327,7 +326,7 @@ def error_type(question, text):
     for match in NUMBER.finditer(question):
         share = PERCENT.match(question, match.end())
         known |= {value_of(match[0]), value_of(match[0]) / (100 if share else 1)}
-    for step in re.findall(r"<<([^<>]*)>>", text):
+    for step in STEP.findall(text):
         left, _, right = step.rpartition("=")
         value, result = calculate(left), calculate(right)
         if value is None or result is None or abs(value - result) > 0.01:

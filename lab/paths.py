@@ -10,7 +10,7 @@ from itertools import permutations
 import numpy as np
 
 import toy
-from lab.renumber import NUMBER, value_of
+from lab.renumber import NUMBER, STEP, value_of
 
 MAX_ORDERS = 24  # of a problem's steps
 
@@ -20,7 +20,7 @@ def parallel_runs(problem):
     if "paths" in problem:
         return [(0, toy.FREE)]
     runs, first, results = [], 0, set()
-    steps = re.findall(r"<<([^<>]*)>>", problem["chain"])
+    steps = STEP.findall(problem["chain"])
     for i, step in enumerate([*steps, None]):
         numbers = [value_of(text) for text in NUMBER.findall(step)] if step else []
         if step is None or results.intersection(numbers[:-1]):

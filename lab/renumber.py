@@ -25,6 +25,7 @@ from typing import NamedTuple
 TRIES = 500  # draws after which a problem keeps its own numbers
 DRAWS = 100  # of whole problems, to find one that is wanted
 
+STEP = re.compile(r"<<([^<>]*)>>")
 NUMBER = re.compile(r"\d+(?:,\d{3})+(?:\.\d+)?|\d*\.?\d+")
 PERCENT = re.compile(r" ?%| percent")
 # What stands around a number that is a name, a part of one, or known already, and keeps its value:
@@ -223,7 +224,7 @@ class Parser:
 
     def chain(self, text):
         """(the parts of a chain, index of its last result): steps in << >>, maybe prose between."""
-        pieces = re.split(r"<<([^<>]*)>>", text)
+        pieces = STEP.split(text)
         steps = [self.step(piece) for piece in pieces[1::2]]  # first: prose may run ahead of them
         if not steps:
             raise ValueError("no steps")

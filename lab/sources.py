@@ -9,7 +9,7 @@ import toy
 from data import Problems, chain_of, fetch, make_problem, parse_gsm8k, read
 from lab.files import UserError
 from lab.numbers import numbers, to_number
-from lab.renumber import NUMBER, parse, renumbered, templates
+from lab.renumber import NUMBER, STEP, parse, renumbered, templates
 
 TOY_SIZE = {"train": 16000, "val": 256, "test": 1000}
 MAX_PROBLEMS = {"val": 400}   # validation decodes its problems again and again
@@ -30,7 +30,7 @@ def is_easy(problem):
     Each step is of two numbers, so that with its line end it is eight tokens. And all numbers are
     certain, so that --renumber can change some of them.
     """
-    steps = re.findall(r"<<([^<>]*)>>", problem["chain"])
+    steps = STEP.findall(problem["chain"])
     if len(steps) > EASY_STEPS or len(problem["question"]) > EASY_LENGTH:
         return False
     if any(len(NUMBER.findall(step)) != 3 for step in steps):  # the third is the result
