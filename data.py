@@ -86,7 +86,7 @@ def chain_of(solution, cot):
     """The chain of thought in a solution: its calculator steps, a line each, or all of its text.
 
     <<48/2=24>> and the end of its line are eight of GPT-2's tokens, so that chunks of 2 or 4 end
-    where steps end.
+    where steps of two numbers end.
     """
     return "\n".join(re.findall(r"<<[^<>]*>>", solution)) if cot == "steps" else solution.strip()
 

@@ -6,7 +6,7 @@
     phase 3   L_auto = L_exp + L_lat
               L_exp  = mean over the tokens of <eot> Ans of −log q               weighted_nll
               L_lat  = mean over i of KL(p̃_i ‖ q_i)                              latent_kl
-              p̃_i    = softmax(log α_i + g), g ~ Gumbel(0, 1)                    gumbel_perturb
+              p̃_i    = softmax(log α_i + g), g = scale · Gumbel(0, 1) noise       gumbel_perturb
 
 Phase 1 adds two terms that the paper does not have:
 
@@ -104,7 +104,7 @@ def text_loss(llm, seq, z=None, mask_of=None):
 def sup_losses(llm, z, batch, c, continued, k, mask_of=supervision_mask):
     """Phase 1: (ℓ_sup of the problems that are not continued, the loss of those that are).
 
-    z (B, N, C) of a data.Batch; continued, k: which of its problems are, and after how many latents
+    z (B, N, C) of an encoder.Batch; continued, k: which of its problems are, and after how many latents
     each, from encoder.draw_continuations. Each is a mean over its own problems, or 0 without any.
     """
     others = np.setdiff1d(np.arange(len(z)), continued)

@@ -3,7 +3,7 @@
     --ltim off         encoder_mask   a summary token sees the earlier ones
     --ltsum local      llm_mask       a chunk sees the z before it and itself (the released code)
     --ltsum off        llm_mask       all text of earlier chunks is seen beside the latents
-    --latents hidden   latent         z is the encoder's last hidden state itself, without any α
+    --latents hidden   latent         z is the encoder's last hidden state, scaled, without any α
 
 Hidden states are stored whole, and phase 3 learns them by regression.
 """
@@ -48,7 +48,7 @@ def hidden_as_input(hidden, E):
 
 
 def hidden_latent(model, hidden, E, n_ordinary, top_k=0):
-    """In place of encoder.alpha_and_latent: the same α, and the hidden state itself as z."""
+    """In place of encoder.alpha_and_latent: the same α, and the scaled hidden state as z."""
     return ordinary_softmax(model.head(hidden), n_ordinary), hidden_as_input(hidden, E)
 
 

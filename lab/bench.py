@@ -1,7 +1,7 @@
 """How fast is each part, and how close to what this machine can do?
 
     python -m lab.bench                                # the toy task's sizes, on a GPU if any
-    python -m lab.bench --preset gsm8k --json b.json   # 98M parameters, for a GPU; as JSON, too
+    python -m lab.bench --preset gsm8k --json b.json   # 96M parameters, for a GPU; as JSON, too
     python -m lab.bench --preset easy --tokens 50256   # with GPT-2's whole vocabulary
     python -m lab.bench --quick                        # three minutes on one core: fewer repeats
 
@@ -11,8 +11,8 @@ for model and training work, too: GPT-2 is --preset gsm8k --tokens 50256, and ho
 asked with --batch-size 128 or --chunk-size 4.
 
 FLOPs are counted from the shapes: 2 m k n for every product of an (m, k) and a (k, n) matrix,
-forward and backward, padding and masked pairs included, and nothing for the rest (softmax, GELU,
-norms, Adam). tokens/s counts what is real: tokens and latents, without padding. Memory is what a
+forward, backward and in Muon, padding and masked pairs included, and nothing for the rest
+(softmax, GELU, norms, AdamW). tokens/s counts what is real: tokens and latents, without padding. Memory is what a
 part needs on a GPU besides weights and optimizer. `data` is the making of batches, a Python loop
 that the device waits for; its share of a training step should stay under 3 %.
 """
@@ -46,8 +46,8 @@ from model import GPT, Attention, GPTConfig, gather_slots
 # as measured: ordinary tokens; tokens of a question and of a chain, their mean and spread
 PRESETS = {
     "toy": (410, (54.6, 1.5), (55, 6)),
-    "easy": (4355, (39, 8), (18, 5)),
-    "gsm8k": (13838, (55, 21), (24, 11)),
+    "easy": (4432, (40, 9), (19, 5)),
+    "gsm8k": (13837, (55, 21), (26, 13)),
 }
 TRAINING = ("sft", "phase 1", "phase 3")
 PASSES = 6  # batches that a job runs, about an epoch

@@ -162,7 +162,8 @@ def picture(problem, answer, strips, unfold=False):
 def pictures(problems, chains, chunks, tokenizer):
     """As HTML, the first problems that the latent model solved, then those that it did not.
 
-    chains {whose: Latents}; chunks {whose: int (R, chunks, c)}: the true chains' tokens.
+    chains {whose: Latents}; chunks {whose: int (R, chunks, c)}: the true chains' tokens that the
+    latents stand for.
     """
     answers = chains["latent"].answers
     solved = [row for row in range(len(problems)) if answers[row][1]]

@@ -82,7 +82,7 @@ def require_gpu(args, device):
     if args.data == "gsm8k" and device.type == "cpu" and not (
             args.n_layer or args.n_embd or args.init):
         raise UserError(
-            "--data gsm8k trains 98 million parameters, minutes on a GPU and days on a CPU; take "
+            "--data gsm8k trains 96 million parameters, minutes on a GPU and days on a CPU; take "
             "--data easy, or a size of your own, such as --n-layer 2 --n-head 2 --n-embd 64")
 
 
