@@ -12,9 +12,9 @@ asked with --batch-size 128 or --chunk-size 4.
 
 FLOPs are counted from the shapes: 2 m k n for every product of an (m, k) and a (k, n) matrix,
 forward, backward and in Muon, padding and masked pairs included, and nothing for the rest
-(softmax, GELU, norms, AdamW). tokens/s counts what is real: tokens and latents, without padding. Memory is what a
-part needs on a GPU besides weights and optimizer. `data` is the making of batches, a Python loop
-that the device waits for; its share of a training step should stay under 3 %.
+(softmax, GELU, norms, AdamW). tokens/s counts what is real: tokens and latents, without padding.
+Memory is what a part needs on a GPU besides weights and optimizer. `data` is the making of batches,
+a Python loop that the device waits for; its share of a training step should stay under 3 %.
 """
 import argparse
 import contextlib

@@ -339,8 +339,8 @@ def parse(argv=None):
     if args.jobs < 1:
         p.error("--jobs: must be 1 or more")
     if {"--split", "--ask"} & {word.split("=")[0] for word in args.analyze}:
-        p.error("--analyze: a sweep compares the reports of the default split; for anything else run "
-                "analyze.py itself in the folder of an analysis")
+        p.error("--analyze: a sweep compares the reports of the default split; for anything else "
+                "run analyze.py itself in the folder of an analysis")
     args.out = args.out or Path("out/sweep-smoke" if args.smoke else "out/sweep")
     args.settings = [setting for setting in SETTINGS if setting[0] in args.only]
     return args
