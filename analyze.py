@@ -56,7 +56,7 @@ from lab.probes import (FEW, RECORDED, Setting, decode_after_latents, decode_aft
 from lab.report import FIGURES, LABELS, heaviest_tokens, page, pictures
 from lab.run import read_curves
 from lab.setup import setup, start
-from lab.sources import known_paths, published_solutions, splits
+from lab.sources import known_paths, splits
 
 WAYS = {  # of thinking, and the file whose LLM does it
     "warm_up": "sft",
@@ -307,7 +307,7 @@ def main(argv=None):
     setting, *others = [make_setting(args, env, saved["latent"], split, args.batch_size)
                         for split in (test, *unseen)]
     problems = test.problems[:setting.R]
-    known = known_paths(problems, published_solutions(args))
+    known = known_paths(problems)
     how = {"encoder": "own", "latent": saved["latent"]["settings"]["paths"]}
     chunks, paths = {}, {}
     for whose in how:

@@ -27,8 +27,6 @@ GSM8K_URL = ("https://raw.githubusercontent.com/openai/grade-school-math/master/
 GSM8K_SHA256 = {
     "train.jsonl": "17f347dc51477c50d4efb83959dbb7c56297aba886e5544ee2aaed3024813465",
     "test.jsonl": "3730d312f6e3440559ace48831e51066acaca737f6eabec99bccb9e4b3c39d14",
-    "example_model_solutions.jsonl":
-        "4bc62db838f8418365d51c627bd66294cbdca9fb7f01519cb13f0dce8c51580b",
 }
 POOL = 16  # batches whose problems are sorted by length together
 

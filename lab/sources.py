@@ -1,12 +1,11 @@
 """Where problems come from: every --data, GSM8K with new numbers, the splits, known other paths."""
-import json
 import re
 import zlib
 from itertools import islice
 from pathlib import Path
 
 import toy
-from data import Problems, chain_of, fetch, make_problem, parse_gsm8k, read
+from data import Problems, fetch, make_problem, parse_gsm8k, read
 from lab.files import UserError
 from lab.numbers import numbers, to_number
 from lab.renumber import NUMBER, STEP, parse, renumbered, templates
@@ -93,46 +92,20 @@ def parse_aug(line, cot):
     return make_problem(question, solution, cot)
 
 
-def parse_solved(line, cot):
-    """One line of example_model_solutions.jsonl: (question, chains of the right solutions)."""
-    try:
-        row = json.loads(line)
-        models = [value for value in row.values() if isinstance(value, dict)]
-        texts = [model["solution"] for model in models if model["is_correct"]]
-        question = row["question"].strip()
-        return question, [chain_of(text.rpartition("\nA:")[0], cot) for text in texts]
-    except (ValueError, LookupError, TypeError, AttributeError):
-        raise ValueError("expected 'question' and solutions with 'is_correct' and 'solution'")
-
-
-def known_paths(problems, solved={}):
+def known_paths(problems):
     """For each problem a list of the different chains that are known to be right.
 
     The toy task makes all of its own; otherwise they are those of the problems with the same
-    question and answer, and those of `solved`, {question: chains}.
+    question and answer.
     """
     alike = {}
     for p in problems:
         alike.setdefault((p["question"], p["answer"]), []).append(p["chain"])
     paths = []
     for p in problems:
-        others = [*alike[p["question"], p["answer"]], *solved.get(p["question"], [])]
-        chains = p.get("paths") or [p["chain"], *others]
+        chains = p.get("paths") or [p["chain"], *alike[p["question"], p["answer"]]]
         paths.append([chain for chain in dict.fromkeys(chains) if chain])
     return paths
-
-
-def published_solutions(args):
-    """{question: chains} that OpenAI published for GSM8K's test split; {} where there are none."""
-    if args.data not in COPIES:
-        return {}
-    file = Path(args.data_dir or "data/gsm8k") / "example_model_solutions.jsonl"
-    try:
-        fetch(file)
-        return dict(read(file, parse_solved, args.cot))
-    except UserError as error:
-        print(f"no chains but the given ones are known ({error})")
-        return {}
 
 
 def load_split(args, split):

@@ -18,7 +18,7 @@ from lab.evaluate import gold_prompt
 from lab.probes import (Setting, decode_after_latents, decode_after_prefixes, decode_along_path,
                         decode_split, record_latents, record_summaries)
 from lab.run import read_curves
-from lab.sources import known_paths, parse_solved, published_solutions
+from lab.sources import known_paths
 from model import GPT, GPTConfig
 from test_report import Page
 
@@ -145,36 +145,12 @@ def test_a_model_that_only_reads_its_chain_gives_the_donors_answer(setting, monk
 
 # ------------------------------------------------------------------------------------ known paths
 
-def solved(*texts):
-    models = {f"m{i}": {"is_correct": ok, "solution": text} for i, (text, ok) in enumerate(texts)}
-    return json.dumps({"question": " Q? ", "ground_truth": "x", **models})
-
-
-def test_known_paths(tmp_path, monkeypatch, capsys):
-    """The problem's own chain, and those of the right ones among the published solutions."""
-    monkeypatch.setattr(sources, "fetch", lambda file: None)
-    args = SimpleNamespace(data="gsm8k", data_dir=tmp_path, cot="steps")
+def test_known_paths():
+    """The problem's own chain, and those of its equals."""
     own = {"question": "Q?", "chain": "<<1+1=2>>", "answer": "2"}
     other = {**own, "chain": "<<4-2=2>>"}  # the same problem again; and one of another answer
     assert known_paths([own, other, {**own, "answer": "3", "chain": "<<1+2=3>>"}]) == [
         ["<<1+1=2>>", "<<4-2=2>>"], ["<<4-2=2>>", "<<1+1=2>>"], ["<<1+2=3>>"]]
-    assert published_solutions(args) == {}
-    assert "example_model_solutions.jsonl" in capsys.readouterr().out
-    (tmp_path / "example_model_solutions.jsonl").write_text(solved(
-        ("1+1 = <<1+1=2>>2\nA: 2", True), ("<<3-1=2>>2\nA: 2", True), ("no steps\nA: 2", True),
-        ("<<9-1=8>>8\nA: 8", False)) + "\n")
-    solutions = published_solutions(args)
-    assert known_paths([own], solutions) == [["<<1+1=2>>", "<<3-1=2>>"]]
-    with pytest.raises(ValueError):
-        parse_solved('{"question": "Q?", "m": {"solution": "x"}}', "steps")
-
-
-def test_gsm8k_has_810_problems_of_several_chains(gsm8k):
-    if not (gsm8k / "example_model_solutions.jsonl").is_file():
-        pytest.skip("example_model_solutions.jsonl is not in the folder of GSM8K")
-    problems = sources.load_problems("gsm8k", "test", gsm8k)
-    solved = published_solutions(SimpleNamespace(data="gsm8k", data_dir=gsm8k, cot="steps"))
-    assert sum(len(p) > 1 for p in known_paths(problems, solved)) == 810
 
 
 # ------------------------------------------------------------------------------- a run, all of it
@@ -280,7 +256,7 @@ def test_a_learning_curve_is_what_the_log_says(tmp_path):
 
 
 def test_gsm8k_from_end_to_end(gsm8k, gpt2_tokenizer, tmp_path, monkeypatch):
-    """A few of GSM8K's own lines, without and with the published solutions, which have paths."""
+    """A few of GSM8K's own lines."""
     monkeypatch.setattr(probes, "POINTS", 2)
     monkeypatch.setattr(sources, "fetch", lambda file: None)  # which would miss the other lines
     for name in ("train", "test"):
@@ -292,8 +268,3 @@ def test_gsm8k_from_end_to_end(gsm8k, gpt2_tokenizer, tmp_path, monkeypatch):
     assert report_of(out, "--limit", 2)["parallelism"] is None
     page = (out / "report.html").read_text("utf-8")
     assert '"charts" hidden' in page and ".charts[hidden]" in page  # `display: grid` would show it
-    solutions = gsm8k / "example_model_solutions.jsonl"
-    if solutions.is_file():
-        lines = solutions.read_text("utf-8").splitlines()[:8]
-        (tmp_path / solutions.name).write_text("\n".join(lines), "utf-8")
-        assert report_of(out)["parallelism"]["problems"] > 1
