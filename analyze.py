@@ -28,8 +28,6 @@ collapse           accuracy, interval of {own, top 1, top c, first path, last pa
                    model thinks in its own z, or in z of q's largest entries or of one path's
                    tokens alone; null for hidden latents, which have no such entries
 curves             {sft, sup, latent, explicit, no_cot: {step, score, loss}}: see lab/run.py
-shape              token_norm {low, mean, high}, of the ordinary tokens' embeddings, 5 and 95 %;
-                   encoder, latent: {count, entropy, top1, norm, cosine}: see chain_shape
 
 `encoder`: what phase 1's encoder makes of the true chain; `latent`: what the latent model thinks.
 With compress.py --paths parallel, a chunk or a path of `latent` is what is left of it where the
@@ -47,8 +45,7 @@ from encoder import chunk_tokens, count_chunks, split_chunks
 from lab.evaluate import gold_prompt
 from lab.files import UserError, build, load, write, write_json
 from lab.flags import PROBLEMS, usual_split
-from lab.metrics import (count_errors, mean, measure_ecr, measure_parallelism, measure_shape,
-                         wilson)
+from lab.metrics import count_errors, mean, measure_ecr, measure_parallelism, wilson
 from lab.numbers import to_number
 from lab.paths import chain_of_latents
 from lab.probes import (FEW, RECORDED, Setting, decode_after_latents, decode_after_prefixes,
@@ -126,7 +123,7 @@ def measure(setting, llms, encoder, paths, chunks, seed):
     llms {file: GPT}; paths {whose: for each problem the tokens of its known paths}; chunks {whose:
     the chunks that the latents stand for, int64 (R, chunks, c)}.
     """
-    R, c, tokenizer = setting.R, setting.c, setting.env.tokenizer
+    R, c = setting.R, setting.c
     llm = llms["latent"]
     report = measure_ways(setting, llms, encoder)
     chains = {"encoder": record_summaries(setting, llms["sup"], encoder),
@@ -138,8 +135,7 @@ def measure(setting, llms, encoder, paths, chunks, seed):
         "collapse": measure_collapse(setting, llm, chains["latent"], paths["latent"]),
         "continuation": measure_continuation(setting, llms["sup"], chains["encoder"]),
         "ecr": {whose: measure_ecr(x.ids, x.n, chunks[whose], ks) for whose, x in chains.items()},
-        "parallelism": measure_parallelism(chains, paths, c),
-        "shape": measure_shape(chains, llm.wte.weight.detach()[:tokenizer.n_ordinary].cpu())}
+        "parallelism": measure_parallelism(chains, paths, c)}
     report["ecr"]["K"] = ks
     return report, chains
 

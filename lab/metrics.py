@@ -3,7 +3,6 @@
     measure_ecr          how much of its chunk a summary holds
     measure_parallelism  how many reasoning paths one chain of latents follows: covered_spans, and
                          effective_paths
-    measure_shape        entropy, weight, norm and cosine along a chain
     count_errors         why answers written after a chain of text are wrong
 
 Shapes here, beside those of model.py:
@@ -35,7 +34,6 @@ class Latents(NamedTuple):
     n: torch.Tensor        # int64 (R,) latents of each chain
     values: torch.Tensor   # float32 (R, N, K): α's largest entries in falling order,
     ids: torch.Tensor      # int32 (R, N, K): and whose they are
-    entropy: torch.Tensor  # float32 (R, N): of the whole α, in nats
     z: torch.Tensor        # float32 (R, N, C)
     answers: dict          # {problem: (text, right, its ids)}; empty for the encoder's chains
 
@@ -269,34 +267,6 @@ def measure_parallelism(chains, paths, c):
             "histogram": (bins / bins.sum()).tolist(),
             "by_latent": by_latent(covered), "most_by_latent": by_latent(most)}
     return section
-
-
-# ------------------------------------------------------------------------------------------ shape
-
-def measure_shape(chains, E):
-    """The norms of the ordinary tokens' embeddings E, and the shape of {whose: Latents}."""
-    norm = E.float().norm(dim=1)
-    low, high = norm.quantile(0.05).item(), norm.quantile(0.95).item()
-    shapes = {whose: chain_shape(x.n, x.values, x.entropy, x.z) for whose, x in chains.items()}
-    return {"token_norm": {"low": low, "mean": mean(norm), "high": high}, **shapes}
-
-
-def chain_shape(n, values, entropy, z):
-    """How α and z change along a chain: lists over positions, of means over the chains so long.
-
-    count    how many chains are so long
-    cosine   of z_t and z_{t+1}: one entry less than the others
-    entropy  of α in nats; top1: α's largest entry; norm: of z
-    n int64 (R,); values (R, N, K); entropy (R, N); z (R, N, C). A mean of nothing is None.
-    """
-    real = torch.arange(z.size(1)) < n[:, None]                        # (R, N)
-    cosine = torch.cosine_similarity(z[:, :-1], z[:, 1:], dim=2)       # (R, N - 1)
-    columns = {"cosine": cosine.where(real[:, 1:], torch.nan),
-               "entropy": entropy.where(real, torch.nan),
-               "top1": values[:, :, 0].where(real, torch.nan),
-               "norm": z.norm(dim=2).where(real, torch.nan)}
-    means = {name: by_latent(column) for name, column in columns.items()}
-    return {"count": real.sum(0).tolist(), **means}
 
 
 # -------------------------------------------------------------------------------- errors of a chain

@@ -52,7 +52,6 @@ def allocate(setting, llm, N):
         n=torch.zeros(R, dtype=torch.int64),
         values=torch.zeros(R, N, K),
         ids=torch.zeros(R, N, K, dtype=torch.int32),
-        entropy=torch.zeros(R, N),
         z=torch.zeros(R, N, C),
         answers={})
 
@@ -62,7 +61,6 @@ def record(latents, rows, t, alpha, z):
     values, ids = alpha.topk(latents.values.size(2))
     latents.values[rows, t] = values.cpu()
     latents.ids[rows, t] = ids.int().cpu()
-    latents.entropy[rows, t] = torch.special.entr(alpha).sum(-1).cpu()
     latents.z[rows, t] = z.float().cpu()
 
 

@@ -58,12 +58,12 @@ def axis_top(largest):
     return next(top for top in tops if top >= largest)
 
 
-def grid(low, top):
+def grid(top):
     """Five horizontal lines with their labels, as SVG."""
     svg = ""
     for i in range(5):
-        value = low + i * (top - low) / 4
-        y = scale(value, low, top, BOTTOM, TOP)
+        value = i * top / 4
+        y = scale(value, 0, top, BOTTOM, TOP)
         svg += f'<line x1="{LEFT}" x2="{RIGHT}" y1="{y}" y2="{y}"/>'
         svg += f'<text x="30" y="{y + 4}" text-anchor="end">{value:g}</text>'
     return svg
@@ -82,23 +82,21 @@ def chart(series, x=None, top=None):
 
     series  {name: figures}, at most three; None where there is no figure
     x       the place of each figure; left out: 1, 2, …, as far as there are figures
-    top     of the vertical axis; left out: the next round number. The axis starts at 0, or at -top
-            where some figure is negative
+    top     of the vertical axis, which starts at 0; left out: the next round number
     """
     figures = [y for ys in series.values() for y in ys if y is not None] or [0]
     if not x:
         indices = [i for ys in series.values() for i, y in enumerate(ys) if y is not None]
         x = list(range(1, 2 + max(indices, default=0)))
-    top = top or axis_top(max(map(abs, figures)))
-    low = -top if min(figures) < 0 else 0
-    svg = grid(low, top)
+    top = top or axis_top(max(figures))
+    svg = grid(top)
     stride = -(-len(x) // 7)  # seven labels at most
     for value in x[::stride]:
         at = scale(value, x[0], x[-1], LEFT, RIGHT)
         svg += f'<text x="{at:.0f}" y="190" text-anchor="middle">{value}</text>'
     key = ""
     for i, (name, ys) in enumerate(series.items()):
-        points = [(scale(a, x[0], x[-1], LEFT, RIGHT), scale(y, low, top, BOTTOM, TOP))
+        points = [(scale(a, x[0], x[-1], LEFT, RIGHT), scale(y, 0, top, BOTTOM, TOP))
                   for a, y in zip(x, ys) if y is not None]
         svg += curve(points, f"var(--c{i})")
         key += f'<b class="key" style="color:var(--c{i})">{name}</b>'
@@ -228,14 +226,6 @@ def path_figures(parallelism):
                            top=1)}
 
 
-def shape_charts(shape):
-    charts = {}
-    for figure in ("entropy", "top1", "norm", "cosine"):
-        charts[figure] = chart({whose: shape[whose][figure] for whose in CHAINS})
-    norms = {key: f"{norm:.2f}" for key, norm in shape["token_norm"].items()}  # low, mean, high
-    return charts | norms
-
-
 def learning_curves(loops):
     """A chart for each loop: its validation score and its loss, by updates."""
     html = ""
@@ -294,7 +284,6 @@ def page(report, shown):
         "more": "\n".join(shown[1:])}
     content |= prefix_charts(controls, report["continuation"])
     content |= path_figures(report["parallelism"])
-    content |= shape_charts(report["shape"])
     content |= {name: escape(str(value)) for name, value in made.items()}
     return Template(TEMPLATE.read_text("utf-8")).substitute(content)
 

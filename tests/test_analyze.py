@@ -197,9 +197,6 @@ def test_the_figures_of_a_report_agree(made):
         assert r[section]["interval"]["own"] == r["interval"]["latent"]
     for curve, axis in ((r["controls"]["cut"], "k"), (r["continuation"], "i")):
         assert len(curve[axis]) == len(curve["accuracy"]) == 3 and curve[axis][0] == 0
-    # a step is a latent
-    for way, whose in (("gold", "encoder"), ("latent", "latent")):
-        assert r["steps"][way] == pytest.approx(sum(r["shape"][whose]["count"]) / R, abs=1e-4)
 
 
 def test_the_page_shows_the_problems_and_how_everything_in_it_was_made(made):

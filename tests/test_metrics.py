@@ -8,7 +8,7 @@ import torch
 
 import toy
 from encoder import pad
-from lab.metrics import (Latents, calculate, chain_shape, count_errors, covered_spans,
+from lab.metrics import (Latents, calculate, count_errors, covered_spans,
                          effective_paths, error_type, mean, measure_ecr, measure_parallelism,
                          pad_paths, paths_of_next_problems, spans,
                          token_mass, wilson)
@@ -190,7 +190,7 @@ def test_parallelism_beside_a_plain_search(toy_tokenizer):
     chains = {}
     for whose, alpha in (("encoder", one), ("latent", every)):
         values, ids = alpha.topk(50)
-        chains[whose] = Latents(n, values, ids.int(), None, None, {})
+        chains[whose] = Latents(n, values, ids.int(), None, {})
     both = {whose: [*paths, [[1, 2]]] for whose in chains}
     found = measure_parallelism(chains, both, c)
     assert (found["problems"], found["paths"]) == (10, 6)
@@ -206,18 +206,6 @@ def test_parallelism_beside_a_plain_search(toy_tokenizer):
     # the first latent is << and one of three numbers: two orders begin with each
     assert found["latent"]["most_by_latent"][0] == 3 and found["latent"]["by_latent"][0] == 2
     assert measure_parallelism(chains, {**both, "latent": [paths[0]] + [[[1]]] * 9}, c) is None
-
-
-def test_shape():
-    z = torch.tensor([[[3.0, 4.0], [4.0, -3.0], [0.0, 0.0]],
-                      [[6.0, 8.0], [6.0, 8.0], [3.0, 4.0]]])
-    values = torch.tensor([[[0.5], [1.0], [9.0]], [[0.7], [1.0], [0.2]]])
-    entropy = torch.tensor([[1.0, 2.0, 99.0], [3.0, 4.0, 5.0]])
-    found = chain_shape(torch.tensor([2, 3]), values, entropy, z)
-    assert found["count"] == [2, 2, 1]
-    assert found["entropy"] == [2, 3, 5] and found["top1"] == pytest.approx([0.6, 1, 0.2])
-    assert found["norm"] == pytest.approx([7.5, 7.5, 5])
-    assert found["cosine"] == pytest.approx([0.5, 1])
 
 
 # ------------------------------------------------------------------------------ errors of a chain

@@ -66,8 +66,8 @@ def test_chart_breaks_at_nothing():
     svg = chart({"a": [None, 0.5, 1.0], "b": [None] * 3}, [0, 1, 2])
     assert svg.count("<circle") == 2 and "nan" not in svg.lower()
     assert Page(chart({"a": []})).open == []
-    svg = chart({"a": [-0.5, 0.5]}, [1, 2])  # the axis goes from -0.8 to 0.8
-    assert ">-0.8<" in svg and 'points="36.0,142.0 352.0,42.0"' in svg
+    svg = chart({"a": [0.2, 0.6]}, [1, 2])  # the axis goes from 0 to 0.8
+    assert ">0.8<" in svg and 'points="36.0,132.0 352.0,52.0"' in svg
 
 
 def test_latents_do_the_work_only_where_the_intervals_are_apart():
