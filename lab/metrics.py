@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import torch
 
-from encoder import count_chunks, pad
+from encoder import chunk_tokens
 from lab.numbers import to_number
 from lab.renumber import ALWAYS, NUMBER, PERCENT, STEP, constants_of, is_arithmetic, value_of
 
@@ -113,41 +113,10 @@ def measure_ecr(ids, n, chunks, ks):
             "maximum": ecr(most_frequent_tokens(own), own, real, ks)}
 
 
-# ------------------------------------------------------------------- the paths of one chain, cut up
-
-def span_edges(length, n, c, N):
-    """Where each span of a path starts and ends: int64 (..., N) each; they are equal past n."""
-    length, n = length[..., None], n[..., None]                        # (..., 1)
-    t = torch.arange(N + 1)
-    by_chunk = count_chunks(length, c) == n                            # edges at t · c,
-    numerator = torch.where(by_chunk, c, length)                       # or else at t · length / n,
-    denominator = torch.where(by_chunk, 1, n.clamp(min=1))             # rounded up
-    edge = -(-t * numerator // denominator)                            # (..., N + 1)
-    start = edge[..., :-1].minimum(length - 1).clamp(min=0)
-    end = edge[..., 1:].maximum(start + 1).minimum(length)
-    return start, end.where(t[:-1] < n, start)
-
-
-def spans(tokens, n, c, N):
-    """Paths cut into as many spans as there are latents. A span is a set: it has a token once.
-
-    The spans are the path's chunks where it has as many chunks as the chain has latents; else they
-    are equal parts, of one token at least.
-    tokens int64 (..., L), padded with -1: the paths; n int64 (...): the chain's latents
-    Returns int64 (..., N, W), padded with -1: past the n-th span, and where a path has no tokens.
-    """
-    start, end = span_edges((tokens >= 0).sum(-1), n, c, N)            # (..., N) each
-    W = max(1, int((end - start).max()))
-    index = start[..., None] + torch.arange(W)                         # (..., N, W)
-    tokens = tokens[..., None, :].expand(*index.shape[:-1], -1)        # (..., N, L)
-    span = tokens.gather(-1, index.clamp(max=tokens.size(-1) - 1))     # (..., N, W)
-    repeated = (span[..., :, None] == span[..., None, :]).tril(-1).any(-1)
-    inside = index < end[..., None]
-    return span.where(inside & ~repeated, -1)
-
+# --------------------------------------------------------------------------- the paths of one chain
 
 def token_mass(values, ids, path):
-    """α of the tokens of `path`, from `spans`, 0 beyond its K entries and where there is none.
+    """α of the tokens of `path`, 0 beyond its K entries and where there is none.
 
     values, ids (R, N, K); path int64 (R, M, N, W) -> float (R, M, N, W).
     """
@@ -162,8 +131,8 @@ def effective_paths(mass, path, n):
 
     One path followed makes 1. M paths followed alike make M, and so do M paths none of which is
     followed: beside it belongs N_eff with random paths.
-    mass float (R, M, N, W): α of path's tokens, from `token_mass`; path int64 (R, M, N, W), from
-    `spans`; n int64 (R,). NaN where n is 0.
+    mass float (R, M, N, W): α of path's tokens, from `token_mass`; path int64 (R, M, N, W); n int64
+    (R,). NaN where n is 0.
     """
     known = (path >= 0).flatten(2).any(2)                              # (R, M)
     log_mass = mass.sum(3).clamp(min=FLOOR).log()                      # (R, M, N)
@@ -199,13 +168,13 @@ def covered_spans(mass, path):
 
 # ------------------------------------------------------------------------ the paths of many chains
 
-def pad_paths(token_paths):
-    """For each problem a list of paths, as one tensor: int64 (R, M, L), padded with -1."""
+def chunked_paths(token_paths, c):
+    """For each problem a list of paths, as their chunks: int64 (R, M, N, c), padded with -1."""
     M = max(len(paths) for paths in token_paths)
     flat = []
     for paths in token_paths:
         flat += paths + [[]] * (M - len(paths))
-    return pad(flat, max(map(len, flat)), value=-1).view(len(token_paths), M, -1)
+    return chunk_tokens(flat, c).view(len(token_paths), M, -1, c)
 
 
 def paths_of_next_problems(token_paths):
@@ -225,12 +194,14 @@ def along_paths(latents, rows, token_paths, c):
     covered and most are NaN where the paths do not differ. rows int64 (R,); token_paths: for each
     of them a list of paths.
     """
-    tokens, found = pad_paths(token_paths), []
+    chunks, found = chunked_paths(token_paths, c), []
+    N = min(chunks.size(2), latents.ids.size(1))
     for index in torch.arange(len(rows)).split(PATH_BATCH):
         r = rows[index]
-        n, ids = latents.n[r], latents.ids[r, :, :PATH_TOP_K]
-        path = spans(tokens[index], n[:, None], c, ids.size(1))        # (B, M, N, W)
-        mass = token_mass(latents.values[r, :, :PATH_TOP_K], ids, path)
+        n, ids = latents.n[r], latents.ids[r, :N, :PATH_TOP_K]
+        path = chunks[index, :, :N]                                    # (B, M, N, c)
+        path = path.where((torch.arange(N) < n[:, None])[:, None, :, None], -1)
+        mass = token_mass(latents.values[r, :N, :PATH_TOP_K], ids, path)
         covered, most = covered_spans(mass, path)                      # (B, N)
         found.append((covered.where(most > 1, torch.nan), most.where(most > 1, torch.nan),
                       effective_paths(mass, path, n)))

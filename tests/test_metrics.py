@@ -10,8 +10,7 @@ import toy
 from encoder import pad
 from lab.metrics import (Latents, calculate, count_errors, covered_spans,
                          effective_paths, error_type, mean, measure_ecr, measure_parallelism,
-                         pad_paths, paths_of_next_problems, spans,
-                         token_mass, wilson)
+                         chunked_paths, paths_of_next_problems, token_mass, wilson)
 
 V = 40  # ids of the vocabulary here
 
@@ -30,7 +29,7 @@ def even(*tokens):
 
 
 def path(*paths):
-    """A problem's paths, one list of spans each: int64 (1, M, N, W) as `spans` makes them."""
+    """A problem's paths, one list of spans each: int64 (1, M, N, W)."""
     W = max(len(span) for spans in paths for span in spans)
     return torch.stack([pad(spans, W, value=-1) for spans in paths])[None]
 
@@ -76,31 +75,6 @@ def test_ecr_beside_a_plain_loop():
         for name, counts in (("own", own), ("chance", chance), ("maximum", most)):
             assert found[name][i] == pytest.approx(sum(counts) / len(counted))
     assert math.isnan(measure_ecr(ids, torch.zeros(5).long(), padded, [1])["own"][0])
-
-
-# ---------------------------------------------------------------------------------------- spans
-
-def spans_of(length, n, c, N):
-    found = spans(torch.arange(length)[None], torch.tensor([n]), c, N)[0].tolist()
-    return [[i for i in span if i >= 0] for span in found]
-
-
-def test_spans_are_chunks_where_there_are_as_many_and_else_equal_parts():
-    for c, length in itertools.product((2, 3, 4, 5), range(1, 40)):
-        n = -(-length // c)
-        assert spans_of(length, n, c, n) == [list(range(length))[i * c:i * c + c] for i in range(n)]
-    assert spans_of(6, 2, 2, 4) == [[0, 1, 2], [3, 4, 5], [], []]  # two latents of four positions
-    for length, n in itertools.product(range(1, 20), range(1, 20)):
-        found = spans_of(length, n, 2, n)
-        assert all(found) and set(sum(found, [])) == set(range(length))  # never empty
-        assert max(map(len, found)) - min(map(len, found)) <= 1 or -(-length // 2) == n
-
-
-def test_spans_are_sets_and_an_empty_path_has_none():
-    two = torch.tensor([2])
-    assert spans(torch.tensor([[7, 7, 8, 9]]), two, 2, 2).tolist() == [[[7, -1], [8, 9]]]
-    assert (spans(torch.tensor([[-1, -1]]), two, 2, 2) == -1).all()
-    assert (spans(torch.tensor([[7, 7]]), 0 * two, 2, 2) == -1).all()
 
 
 # ---------------------------------------------------------------------------- one chain's paths
@@ -159,9 +133,10 @@ def test_random_paths_are_those_of_the_next_problems_and_never_its_own():
     assert paths_of_next_problems(own) == [[[4, 4, 4], [5]], [[7], [8], [1]], [[1], [2, 3]]]
     most = [[[1], [2]], [[3], [4], [5], [6], [7]]]  # one problem has most of them
     assert paths_of_next_problems(most) == [[[3], [4]], [[1], [2], [1], [2], [1]]]
-    assert pad_paths(own).tolist() == [
-        [[1, -1, -1], [2, 3, -1], [-1, -1, -1]], [[4, 4, 4], [5, -1, -1], [6, -1, -1]],
-        [[7, -1, -1], [8, -1, -1], [-1, -1, -1]]]
+    assert chunked_paths(own, 2).tolist() == [
+        [[[1, -1], [-1, -1]], [[2, 3], [-1, -1]], 2 * [[-1, -1]]],
+        [[[4, 4], [4, -1]], [[5, -1], [-1, -1]], [[6, -1], [-1, -1]]],
+        [[[7, -1], [-1, -1]], [[8, -1], [-1, -1]], 2 * [[-1, -1]]]]
 
 
 def plain_covered(alpha, paths, c):
