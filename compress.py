@@ -14,25 +14,21 @@ to sum to 1. The folder latents in --out then holds arrays that phase 3 maps int
                                         them, share theirs
     meta.json    what they were made with and made of
 
-They are written in a folder beside it, which is moved there when it is whole. At the end,
-for own chains, the effective compression rate (ECR) is printed: how many tokens of its chunk are
-among the largest entries of an α. Next: train_latent.py
+They are written in a folder beside it, which is moved there when it is whole. Next:
+train_latent.py
 """
 import numpy as np
 import torch
 from tqdm import tqdm
 
 from data import Batch
-from encoder import (chunk_tokens, count_chunks, encoder_batch, ordinary_softmax, pad,
-                     summary_states, top_k_renormalized)
+from encoder import (count_chunks, encoder_batch, ordinary_softmax, pad, summary_states,
+                     top_k_renormalized)
 from lab.ablations import hidden_entries
-from lab.files import Store, StoreWriter, UserError, build, load, require
-from lab.metrics import measure_ecr
+from lab.files import StoreWriter, UserError, build, load, require
 from lab.paths import left_out, orders, with_same_places
 from lab.setup import setup, start
 from lab.sources import known_paths, splits
-
-SAMPLE = 1000  # problems of which the ECR is measured
 
 
 def choose_top_k(args, env):
@@ -88,8 +84,8 @@ def mean_alpha(encoder, batch, chains, c, env):
 
 @torch.no_grad()
 def compress(encoder, train, K, args, env):
-    """Write α of every chunk of `train` to a new store; returns (its latents, their mass kept)."""
-    c, mass = args.chunk_size, 0.0
+    """Write α of every chunk of `train` to a new store; returns how many latents it has."""
+    c = args.chunk_size
     chains = choose_chains(train, args, env.tokenizer)
     n = count_chunks(train.s.length, c)                                        # (R,)
     kept = [np.ones(k, dtype=bool) for k in n]  # the latents of each problem that have a place
@@ -112,27 +108,13 @@ def compress(encoder, train, K, args, env):
             else:
                 alpha = mean_alpha(encoder, batch, [chains[row] for row in batch.rows], c, env)
                 entries = top_k_renormalized(alpha, K)                         # (B, N, K)
-        values, ids, held = (tensor.cpu().numpy() for tensor in entries)
+        values, ids = (tensor.cpu().numpy() for tensor in entries)
         real = pad([kept[row] for row in batch.rows], values.shape[1], dtype=bool).numpy()  # (B, N)
         index = np.concatenate([offsets[row] + np.arange(n[row]) for row in batch.rows])
         store.values[index], store.ids[index] = values[real], ids[real]
-        mass += float(held[real].sum())
     made_of = {"data": train.fingerprint, "sup": env.parent["id"]}
     store.finish(n, offsets, env.settings, made_of, env.made_by)
-    return int(n[is_first].sum()), mass
-
-
-def report_ecr(train, folder, c):
-    """Print the ECR at K = c: how many of a chunk's tokens are among the top c of its α."""
-    rows = np.arange(min(SAMPLE, len(train)))
-    chunks = chunk_tokens([train.s[row] for row in rows], c)              # (R, N, c)
-    store = Store(folder)
-    _, ids = store.read(rows, chunks.size(1))                             # (R, N, K)
-    n = torch.from_numpy(store.n[rows])                                   # (R,)
-    rate = measure_ecr(ids, n, chunks, [c])
-    print(f"of a chunk's {c} tokens, {rate['own'][0]:.2f} are among the top {c} of its α; "
-          f"{rate['chance'][0]:.2f} of another problem's; {rate['maximum'][0]:.2f} is the most "
-          "there can be")
+    return len(store.values)
 
 
 def main(argv=None):
@@ -149,12 +131,8 @@ def main(argv=None):
         return
     if folder.exists() and not args.overwrite:
         raise UserError(f"{folder} already holds a store; start over with --overwrite")
-    latents, mass = compress(encoder, train, K, args, env)
+    latents = compress(encoder, train, K, args, env)
     print(f"{folder}: {latents} latents of {len(train)} problems")
-    if latents and args.latents != "hidden":
-        print(f"the top {K} hold {mass / latents:.4f} of α's mass")
-    if latents and args.latents != "hidden" and args.paths == "own":
-        report_ecr(train, folder, args.chunk_size)
     print(f"next: python train_latent.py --out {args.out}")
 
 

@@ -347,13 +347,12 @@ def ordinary_softmax(logits, n_ordinary):
 
 
 def top_k_renormalized(alpha, k):
-    """(values, ids, mass): α's k largest entries, scaled to sum to 1, and their ids, both (..., K).
+    """(values, ids): α's k largest entries, scaled to sum to 1, and their ids, both (..., K).
 
-    mass (...): what they summed to before. k > V takes all V entries.
+    k > V takes all V entries.
     """
     values, ids = alpha.topk(min(k, alpha.size(-1)), dim=-1)
-    mass = values.sum(-1)
-    return values / mass[..., None], ids, mass
+    return values / values.sum(-1, keepdim=True), ids
 
 
 def superpose(alpha, E, k=0):
@@ -362,8 +361,7 @@ def superpose(alpha, E, k=0):
     alpha (..., n_ordinary), E (V, C) -> z (..., C).
     """
     if k:
-        values, ids, _ = top_k_renormalized(alpha, k)
-        return superpose_sparse(values, ids, E)
+        return superpose_sparse(*top_k_renormalized(alpha, k), E)
     return alpha @ E[:alpha.size(-1)].to(alpha.dtype)
 
 

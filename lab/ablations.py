@@ -54,8 +54,7 @@ def hidden_latent(model, hidden, E, n_ordinary, top_k=0):
 
 def hidden_entries(hidden):
     """In place of encoder.top_k_renormalized: what the store holds of hidden states (B, N, C)."""
-    no_ids = torch.zeros_like(hidden, dtype=torch.int64)
-    return hidden.float(), no_ids, hidden.new_ones(hidden.shape[:2])
+    return hidden.float(), torch.zeros_like(hidden, dtype=torch.int64)
 
 
 def hidden_loss(llm, seq, states):

@@ -71,7 +71,7 @@ def test_the_store_holds_the_summaries_of_its_problems(few, tmp_path, toy_tokeni
         with torch.no_grad():
             hidden = summary_states(encoder, enc)                                 # (1, n, C)
             alpha = ordinary_softmax(encoder.head(hidden), toy_tokenizer.n_ordinary)
-        values, _, _ = top_k_renormalized(alpha, 50)                              # (1, n, K)
+        values, _ = top_k_renormalized(alpha, 50)                              # (1, n, K)
         mine, ids = store.read(alone, alpha.size(1))                              # (1, n, K)
         theirs = alpha.gather(2, ids)  # by their ids: of equal entries the order is open
         for found in values, theirs / theirs.sum(2, keepdim=True):
