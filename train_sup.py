@@ -32,7 +32,7 @@ from lab.gpt2 import GPT2, from_gpt2
 from lab.optim import Optimizer, schedule
 from lab.run import Run
 from lab.setup import compile_blocks, setup, start
-from lab.sources import load_problems, splits
+from lab.sources import splits
 from losses import bag_kl, sup_losses, text_loss
 from model import GPT, GPTConfig
 
@@ -136,8 +136,6 @@ def main(argv=None):
     args, env = setup(__doc__, "sup", argv)
     llm = initial_model(args, env)
     train, val = splits(args, env)
-    if args.data != "toy":  # analyze.py needs the test split: say now if it is missing
-        load_problems(args.data, "test", args.data_dir, args.cot)
     if args.baselines:
         train_baselines(llm, train, val, args, env)
         print(f"next: python analyze.py --out {args.out}")

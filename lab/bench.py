@@ -37,7 +37,7 @@ from decode import decode, question_prompt
 from encoder import (chain_batch, chunk_tokens, count_chunks, draw_continuations,
                      encoder_batch, latent_batch, ordinary_softmax, summary_states, sup_batch,
                      superpose_sparse, text_batch, top_k_renormalized)
-from lab.files import Store, StoreWriter, UserError
+from lab.files import Store, StoreWriter
 from lab.flags import SHAPE, flags_of
 from lab.optim import Optimizer
 from losses import (bag_kl, gumbel_noise, gumbel_perturb, latent_loss, sup_losses, text_loss)
@@ -337,8 +337,6 @@ def setup(out, argv=None):
              for field in ("batch_size", *SHAPE)]
     args, env = lab.setup.setup(f"{__doc__}\n{p.format_help()}", "sup",
                                 [*sizes, *rest, "--data", "toy", "--out", str(out)])
-    if args.latents == "hidden":
-        raise UserError("--latents hidden: the bench times superpositions alone; leave it out")
     return SimpleNamespace(**vars(args) | vars(own)), env
 
 

@@ -54,22 +54,14 @@ def lock(out):
 
 
 def write(path, content):
-    """Write beside, sync, rename. content: a function that takes the open file.
-
-    Raises UserError where the disk is full or the folder read-only.
-    """
+    """Write beside, sync, rename. content: a function that takes the open file."""
     part = path.with_name(path.name + ".part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(part, "wb") as file:
-            content(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    except (OSError, RuntimeError) as error:  # torch.save makes a RuntimeError of a full disk
-        part.unlink(missing_ok=True)
-        why = getattr(error, "strerror", None) or "is the disk full?"
-        raise UserError(f"could not write {path} ({why}); what was there before is untouched")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(part, "wb") as file:
+        content(file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(part, path)
 
 
 def write_json(path, content):
@@ -133,8 +125,6 @@ def load(path, settings={}, **made_of):
         saved = (read_json(source) if path.is_dir() else
                  torch.load(path, map_location="cpu", weights_only=True))
         version = saved["version"]
-    except PermissionError:
-        raise
     except Exception as error:  # a truncated, old or foreign file fails in many ways
         raise UserError(f"{path}: not a file of this project ({type(error).__name__}); {again}")
     if version != VERSION:

@@ -46,8 +46,6 @@ def gpt2_weights(name):
             file.parent.mkdir(parents=True, exist_ok=True)
             torch.hub.download_url_to_file(URL.format(name), str(file), SHA256.get(name))
         return torch.load(file, map_location="cpu", weights_only=True)
-    except PermissionError:
-        raise
     except Exception as error:  # no network, a wrong checksum, a damaged file
         raise UserError(f"--init {name}: {file} could not be downloaded or read ({error}); remove "
                         "it if it is there, and try again")
