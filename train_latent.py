@@ -16,7 +16,7 @@ import torch
 from encoder import draw_rows, generator, latent_batch, superpose_sparse
 from lab.ablations import hidden_loss
 from lab.evaluate import evaluate
-from lab.files import Store, build, load, require
+from lab.files import Store, build, require
 from lab.optim import Optimizer, schedule
 from lab.run import Run
 from lab.setup import compile_blocks, setup, start
@@ -67,10 +67,7 @@ def main(argv=None):
     store = Store(args.out / "latents")
     caps = int(store.n.max()), train.caps(args.chunk_size)[1]
     env.settings.update(store_top_k=store.values.shape[1], caps=list(caps))
-    begin = env.parent
-    if args.start == "sft":
-        begin = load(args.out / "sft.pt", id=env.parent["made_of"]["sft"])
-    llm = build(begin, "llm", env.device)
+    llm = build(env.parent, "llm", env.device)
     train_latent(llm, store, caps, train, val, args, env, latents=env.store["id"], **made_of)
     print(f"next: python analyze.py --out {args.out}")
 

@@ -88,8 +88,6 @@ def train_superposition(encoder, llm, train, val, args, env, **made_of):
         bag_weight = args.bag * (1 - 0.5 * step / steps)  # not to 0: α would leave its chunk again
         loss = sup + cont + bag_weight * bag
         loss.backward()
-        if step < bag_steps + args.encoder_first:
-            llm.zero_grad(set_to_none=True)  # without a gradient it stays as it is
         norm = optimizer.step(rate)
         run.log(loss=loss, sup=sup, cont=cont, bag=bag, norm=norm)
         if run.due:

@@ -1,7 +1,6 @@
 """Ablations: what the flags of train_sup.py put in the place of a part of the method.
 
     --ltim off         encoder_mask   a summary token sees the earlier ones
-    --ltsum local      llm_mask       a chunk sees the z before it and itself (the released code)
     --ltsum off        llm_mask       all text of earlier chunks is seen beside the latents
     --latents hidden   latent         z is the encoder's last hidden state, scaled, without any α
 
@@ -17,24 +16,8 @@ def parts_of(args):
     """The encoder.Parts of a run. args: its settings, with ltim, ltsum and latents."""
     return Parts(
         encoder_mask=induction_mask if args.ltim == "on" else None,  # None: causal
-        llm_mask={"on": supervision_mask, "local": local_supervision_mask,
-                  "off": None}[args.ltsum],
+        llm_mask=supervision_mask if args.ltsum == "on" else None,
         latent=hidden_latent if args.latents == "hidden" else alpha_and_latent)
-
-
-# -------------------------------------------------------------------------------------------- masks
-
-def local_supervision_mask(layout):
-    """As in the released code: a chunk sees the z just before it and itself, not even X.
-
-    The latents and the answer see what they see under `supervision_mask`. A Layout -> bool
-    (B, T, T).
-    """
-    key, query = layout.segment[:, None, :], layout.segment[:, :, None]
-    n = layout.latent.amax(1)[:, None, None]
-    next_chunk = (query > 0) & (query < n)
-    own_latent = layout.latent[:, None, :] == query  # z_i, stored as i + 1, is before text i + 1
-    return supervision_mask(layout) & (~next_chunk | (key == query) | own_latent)
 
 
 # ------------------------------------------------------------------------------------ hidden states

@@ -100,12 +100,10 @@ FLAGS = {
              "which the encoder learns by that loss alone (default: a share of --steps)"),
         Flag("continuation", "sup", "sup", 0.0, 0.5, "share of the problems in which the LLM "
              "writes all the rest after some latents; ℓ_sup has the others (default: 0.5)"),
-        Flag("encoder-first", "sup", "sup", 0, 0, "the LLM stays frozen for so many updates after "
-             "--bag-steps, as in the released code (default: 0)"),
         Flag("ltim", "sup", "sup", ("on", "off"), "on",
              "off: a summary token sees the earlier ones"),
-        Flag("ltsum", "sup", "sup", ("on", "local", "off"), "on", "what a chunk sees. local: the "
-             "z before it and itself, as in the released code; off: all text before it as well"),
+        Flag("ltsum", "sup", "sup", ("on", "off"), "on",
+             "off: a chunk sees all text before it as well"),
         Flag("latents", "sup", "sup", ("superposition", "hidden"), "superposition", "hidden: z is "
              "the encoder's last hidden state, and phase 3 learns it by regression"),
         Flag("noise", "latent", "latent", 0.0, by_data(0.1, 0.1, 0.1, 1.0), "scale of the Gumbel "
@@ -113,8 +111,6 @@ FLAGS = {
              "in the paper; 0 = off)"),
         Flag("on-policy", "latent", "latent", 0.0, 0.0, "share of the problems of a batch whose "
              "input is the latents that the model thinks itself (default: 0)"),
-        Flag("start", "latent", "latent", ("sup", "sft"), "sup", "the LLM to start from: that of "
-             "phase 1 (default), or the warm-up, which has never read a latent"),
     ],
     "analysis": [
         Flag("split", "analyze", "", ("test", "held-out", "renumbered"), None, "test; held-out: "

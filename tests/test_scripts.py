@@ -38,7 +38,7 @@ def test_the_scripts_in_a_row(few, monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("flags, latent, K", [
     (["--chunk-size", 4], [], 50),
-    (["--chunk-size", 1, "--ltsum", "local", "--bag", 0, "--continuation", 0], ["--noise", 0], 50),
+    (["--chunk-size", 1, "--bag", 0, "--continuation", 0], ["--noise", 0], 50),
     (["--top-k", 5], [], 5),
     (["--sft-steps", 0], [], 50),
     (["--dtype", "bfloat16"], ["--dtype", "bfloat16", "--on-policy", 0.5], 50),
