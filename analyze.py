@@ -97,7 +97,6 @@ def make_setting(args, env, latent, problems, batch_size):
     R = min(len(problems), args.limit or len(problems))
     return Setting(
         problems, R, args.chunk_size, settings["caps"],
-        encoder_top_k=env.parent["settings"]["top_k"],
         top_k=settings["store_top_k"] if args.top_k is None else args.top_k,
         batch_size=batch_size, env=env)
 
@@ -143,8 +142,7 @@ def measure(setting, llms, encoder, paths, chunks, seed):
 def measure_ways(setting, llms, encoder):
     """{figure: {way: value}} for every way to think, on the same problems; None: not trained."""
     R, c, problems = setting.R, setting.c, setting.problems
-    gold = partial(gold_prompt, llm=llms["sup"], encoder=encoder, env=setting.env, c=c,
-                   top_k=setting.encoder_top_k)
+    gold = partial(gold_prompt, llm=llms["sup"], encoder=encoder, env=setting.env, c=c)
     options = {"latent": {"c": c, "top_k": setting.top_k},
                # fewer, since the encoder's α (B, N, V) is large
                "gold": {"prompt": gold, "batch_size": -(-setting.batch_size // 4)}}

@@ -31,21 +31,6 @@ from lab.setup import setup, start
 from lab.sources import known_paths, splits
 
 
-def choose_top_k(args, env):
-    """K: --top-k, or that of phase 1, or 50; 0 is the whole ordinary vocabulary.
-
-    Raises UserError where phase 1 made its z from a top-k and K is another one.
-    """
-    phase1 = env.parent["settings"]["top_k"]
-    K = args.top_k if args.top_k is not None else phase1 or 50
-    if args.latents == "hidden":
-        return args.n_embd  # it is kept whole, a channel an entry
-    if phase1 not in (0, K):
-        raise UserError(f"--top-k {K} contradicts {args.out}/sup.pt, whose z were made with "
-                        f"{phase1}")
-    return min(K or env.tokenizer.n_ordinary, env.tokenizer.n_ordinary)
-
-
 def choose_chains(train, args, tokenizer):
     """For each problem the chains that its α is the mean of, lists of ids, its own first.
 
@@ -114,7 +99,7 @@ def compress(encoder, train, K, args, env):
         store.values[index], store.ids[index] = values[real], ids[real]
     made_of = {"data": train.fingerprint, "sup": env.parent["id"]}
     store.finish(n, offsets, env.settings, made_of, env.made_by)
-    return len(store.values)
+    return int(n[is_first].sum())
 
 
 def main(argv=None):
@@ -122,7 +107,9 @@ def main(argv=None):
     train, = splits(args, env, ["train"])
     require(env.parent, data=train.fingerprint)
     encoder = build(env.parent, "encoder", env.device)
-    env.settings["top_k"] = K = choose_top_k(args, env)
+    V = env.tokenizer.n_ordinary
+    K = args.n_embd if args.latents == "hidden" else min(args.top_k or V, V)
+    env.settings["top_k"] = K
     folder = args.out / "latents"
     if folder.exists() and args.resume:
         settings = {"top_k": K, "dtype": args.dtype, "paths": args.paths}

@@ -105,7 +105,8 @@ def sup_losses(llm, z, batch, c, continued, k, mask_of=supervision_mask):
     """Phase 1: (ℓ_sup of the problems that are not continued, the loss of those that are).
 
     z (B, N, C) of an encoder.Batch; continued, k: which of its problems are, and after how many
-    latents each, from encoder.draw_continuations. Each is a mean over its own problems, or 0 without any.
+    latents each, from encoder.draw_continuations. Each is a mean over its own problems, or 0
+    without any.
     """
     others = np.setdiff1d(np.arange(len(z)), continued)
     sup = cont = z.new_zeros(())

@@ -75,8 +75,7 @@ def train_superposition(encoder, llm, train, val, args, env, **made_of):
         chunks = chunk_tokens([p.chain for p in batch.problems], c).to(env.device)
         with env.autocast():
             states = summary_states(encoder, enc, parts.encoder_mask)          # (B, N, C)
-            alpha, z = parts.latent(encoder, states, llm.wte.weight, env.tokenizer.n_ordinary,
-                                    args.top_k)
+            alpha, z = parts.latent(encoder, states, llm.wte.weight, env.tokenizer.n_ordinary)
             bag = bag_kl(alpha, chunks, enc.n)
             if step < bag_steps:  # as long as z means nothing, the LLM has nothing to learn
                 rate = schedule(step, bag_steps)
@@ -92,7 +91,7 @@ def train_superposition(encoder, llm, train, val, args, env, **made_of):
         run.log(loss=loss, sup=sup, cont=cont, bag=bag, norm=norm)
         if run.due:
             # α of (B, N, V) is large, so that fewer problems are read at once
-            of = dict(llm=llm, encoder=encoder, env=env, c=c, top_k=args.top_k)
+            of = dict(llm=llm, encoder=encoder, env=env, c=c)
             gold, rest = (
                 evaluate(llm, val, env, caps, partial(prompt, **of), batch_size=64)["accuracy"]
                 for prompt in (gold_prompt, continuation_prompt))

@@ -184,7 +184,7 @@ class Bench:
         c, parts = self.args.chunk_size, self.env.parts
         states = summary_states(self.encoder, enc, parts.encoder_mask)         # (B, N, C)
         alpha, z = parts.latent(self.encoder, states, self.llm.wte.weight,
-                                self.env.tokenizer.n_ordinary, self.args.top_k)
+                                self.env.tokenizer.n_ordinary)
         continued, k = draw_continuations(batch, c, self.args.continuation, seed=0, step=1)
         sup, cont = sup_losses(self.llm, z, batch, c, continued, k, parts.llm_mask)
         return sup + cont + bag_kl(alpha, chunks, enc.n)

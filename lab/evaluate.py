@@ -55,27 +55,27 @@ def evaluate(llm, problems, env, caps, prompt=None, c=0, top_k=0, limit=None, ba
 
 # ---------------------------------------------------------------- prompts of the encoder's latents
 
-def summaries(llm, encoder, batch, env, c, top_k):
+def summaries(llm, encoder, batch, env, c):
     """The encoder's summaries of the true chains: (α, z, n).
 
     α float32 (B, N, n_ordinary), z float (B, N, C) in the embeddings of `llm`, n int64 array (B,).
     """
     layout = encoder_batch(batch, c, env.tokenizer.sum).to(env.device)
     hidden = summary_states(encoder, layout, env.parts.encoder_mask)  # (B, N, C)
-    alpha, z = env.parts.latent(encoder, hidden, llm.wte.weight, env.tokenizer.n_ordinary, top_k)
+    alpha, z = env.parts.latent(encoder, hidden, llm.wte.weight, env.tokenizer.n_ordinary)
     return alpha, z, layout.n.cpu().numpy()
 
 
-def gold_prompt(batch, llm, encoder, env, c, top_k):
+def gold_prompt(batch, llm, encoder, env, c):
     """X <bot> z₀ … z_{n-1} <eot>, the summaries of all chunks: only the answer is to write."""
-    _, z, n = summaries(llm, encoder, batch, env, c, top_k)
+    _, z, n = summaries(llm, encoder, batch, env, c)
     return latents_prompt(llm, batch, z, n, c, [env.tokenizer.eot], env.device)
 
 
-def continuation_prompt(batch, llm, encoder, env, c, top_k):
+def continuation_prompt(batch, llm, encoder, env, c):
     """X <bot> z₀ … z_{k-1}, the first k summaries: the rest and the answer are to write.
 
     k is the problem's number modulo n + 1, so that all of 0 … n occur in a split.
     """
-    _, z, n = summaries(llm, encoder, batch, env, c, top_k)
+    _, z, n = summaries(llm, encoder, batch, env, c)
     return latents_prompt(llm, batch, z, batch.rows % (n + 1), c, [], env.device)

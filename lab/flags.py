@@ -61,9 +61,7 @@ FLAGS = {
     "model": [
         Flag("chunk-size", "sup", "sup latent", 1, 2,
              "c, tokens of the chain in one latent token (default: 2)"),
-        Flag("top-k", "sup", "sup", 0, 0, "entries of α in z, 0 = all (default: 0)"),
-        Flag("top-k", "compress", "", 0, None,
-             "entries of α in the store, 0 = all (default: phase 1's, or 50)"),
+        Flag("top-k", "compress", "", 0, 50, "entries of α in the store, 0 = all (default: 50)"),
         Flag("top-k", "analyze", "", 0, None,
              "entries of q in z when decoding, 0 = all (default: as in the store)"),
         Flag("init", "sup", TEXT, str, "scratch", "scratch (default), " + ", ".join(GPT2)

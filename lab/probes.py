@@ -30,8 +30,7 @@ class Setting(NamedTuple):
     R: int              # the first R problems are measured
     c: int              # tokens of a chunk
     caps: tuple         # (latents, tokens) at which decoding stops
-    encoder_top_k: int  # entries of α in a z of the encoder, 0 = all
-    top_k: int          # and in one of the latent model
+    top_k: int          # entries of q in a z of the latent model, 0 = all
     batch_size: int
     env: object         # device, tokenizer, autocast, parts and settings, from lab.setup
 
@@ -88,8 +87,7 @@ def record_summaries(setting, llm, encoder):
     batch_size = -(-setting.batch_size // 8)  # few, since α of (B, N, V) is large for GPT-2's V
     for batch in problems.eval_batches(batch_size, setting.R):
         with env.autocast():
-            alpha, z, _ = summaries(llm, encoder, batch, env, setting.c,
-                                    setting.encoder_top_k)
+            alpha, z, _ = summaries(llm, encoder, batch, env, setting.c)
         rows = torch.from_numpy(batch.rows)[:, None]  # (B, 1)
         record(latents, rows, torch.arange(alpha.size(1)), alpha, z)
     return latents

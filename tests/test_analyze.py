@@ -40,7 +40,7 @@ def setting(toy_tokenizer):
     problems = data.Problems(list(toy.problems(1, 6, lambda question: True)), toy_tokenizer, 128)
     env = SimpleNamespace(tokenizer=toy_tokenizer, device=torch.device("cpu"), parts=Parts(),
                           autocast=contextlib.nullcontext)
-    return Setting(problems, 6, c=2, caps=(5, 8), encoder_top_k=3, top_k=3, batch_size=4, env=env)
+    return Setting(problems, 6, c=2, caps=(5, 8), top_k=3, batch_size=4, env=env)
 
 
 def texts(found):
@@ -50,10 +50,10 @@ def texts(found):
     return [tuple(ids[ids[:1] == [eot]:]) for ids in written]
 
 
-def z_of(latents, llm):
-    """z of the three largest entries recorded, that of the fixture `setting`."""
-    values = latents.values[:, :, :3]
-    return superpose_sparse(values / values.sum(2, keepdim=True), latents.ids[:, :, :3].long(),
+def z_of(latents, llm, K=3):
+    """z of the K largest entries recorded; the fixture `setting` has K = 3 for the latent model."""
+    values = latents.values[:, :, :K]
+    return superpose_sparse(values / values.sum(2, keepdim=True), latents.ids[:, :, :K].long(),
                             llm.wte.weight)
 
 
@@ -94,15 +94,16 @@ def test_a_model_given_its_own_chain_writes_what_it_wrote(setting):
     assert cut[5] == again and cut[2] not in (cut[0], cut[5])
 
 
-def test_the_summaries_recorded_are_those_of_gold_prompts(setting):
+def test_the_summaries_recorded_are_those_of_gold_prompts(setting, monkeypatch):
+    monkeypatch.setattr(probes, "RECORDED", 10 ** 6)  # all of α
     llm, encoder = (random_model(setting.env.tokenizer, seed) for seed in (0, 1))
     summaries = record_summaries(setting, llm, encoder)
     lengths = torch.from_numpy(setting.problems.s.length)
     assert summaries.n.tolist() == count_chunks(lengths, 2).tolist()
     real = torch.arange(summaries.z.size(1)) < summaries.n[:, None]
-    torch.testing.assert_close(summaries.z.double()[real], z_of(summaries, llm)[real], rtol=0,
-                               atol=1e-5)
-    prompt = partial(gold_prompt, llm=llm, encoder=encoder, env=setting.env, c=2, top_k=3)
+    mixed = z_of(summaries, llm, K=10 ** 6)
+    torch.testing.assert_close(summaries.z.double()[real], mixed[real], rtol=0, atol=1e-5)
+    prompt = partial(gold_prompt, llm=llm, encoder=encoder, env=setting.env, c=2)
     gold = texts(decode_split(setting, llm, prompt=prompt))
     assert texts(decode_after_latents(setting, llm, summaries.z, summaries.n)) == gold
     assert len(set(gold)) > 1

@@ -116,7 +116,6 @@ def test_what_is_out_of_range_is_refused(phase, flag, capsys):
     (["--init", "mine.pt", "--n-layer", 2], "--init mine.pt has a shape of its own"),
     (["--init", "gpt2"], "add --data gsm8k"),
     (["--n-embd", 16, "--n-head", 3], "--n-embd 16 must be a multiple of --n-head 3"),
-    (["--latents", "hidden", "--top-k", 5], "--top-k 5: a hidden state has no entries"),
     (["--resume", "--overwrite"], "--resume goes on and --overwrite starts over"),
     (["--steps", 3, "--bag-steps", 3], "--steps 3: the first --bag-steps 3 of them"),
 ])

@@ -36,18 +36,17 @@ def test_the_scripts_in_a_row(few, monkeypatch, tmp_path):
     assert report["accuracy"]["explicit"] is None  # it was not trained yet
 
 
-@pytest.mark.parametrize("flags, latent, K", [
-    (["--chunk-size", 4], [], 50),
-    (["--chunk-size", 1, "--bag", 0, "--continuation", 0], ["--noise", 0], 50),
-    (["--top-k", 5], [], 5),
-    (["--sft-steps", 0], [], 50),
-    (["--dtype", "bfloat16"], ["--dtype", "bfloat16", "--on-policy", 0.5], 50),
-], ids=["c=4", "ablations", "top-k", "no-sft", "bfloat16"])
-def test_flags_that_change_the_path(few, tmp_path, flags, latent, K):
+@pytest.mark.parametrize("flags, latent", [
+    (["--chunk-size", 4], []),
+    (["--chunk-size", 1, "--bag", 0, "--continuation", 0], ["--noise", 0]),
+    (["--sft-steps", 0], []),
+    (["--dtype", "bfloat16"], ["--dtype", "bfloat16", "--on-policy", 0.5]),
+], ids=["c=4", "ablations", "no-sft", "bfloat16"])
+def test_flags_that_change_the_path(few, tmp_path, flags, latent):
     pipeline(tmp_path, sup=flags, latent=latent)
     store = Store(tmp_path / "latents")
     assert len(store.offsets) == FEW["train"] and (np.diff(store.offsets) > 0).all()
-    assert store.values.shape == store.ids.shape and store.ids.shape[1] == K
+    assert store.values.shape == store.ids.shape and store.ids.shape[1] == 50
     np.testing.assert_allclose(store.values.sum(1), 1, atol=1e-5)
     assert (np.diff(store.values, axis=1) <= 0).all()
 
@@ -71,7 +70,7 @@ def test_the_store_holds_the_summaries_of_its_problems(few, tmp_path, toy_tokeni
         with torch.no_grad():
             hidden = summary_states(encoder, enc)                                 # (1, n, C)
             alpha = ordinary_softmax(encoder.head(hidden), toy_tokenizer.n_ordinary)
-        values, _ = top_k_renormalized(alpha, 50)                              # (1, n, K)
+        values, _ = top_k_renormalized(alpha, 50)                                 # (1, n, K)
         mine, ids = store.read(alone, alpha.size(1))                              # (1, n, K)
         theirs = alpha.gather(2, ids)  # by their ids: of equal entries the order is open
         for found in values, theirs / theirs.sum(2, keepdim=True):

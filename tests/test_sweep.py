@@ -229,7 +229,7 @@ def test_with_the_real_scripts(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("words, says", [
     (["--only", "c=3"], "invalid choice: 'c=3'"),
-    (["--analyze=--split easy"], "a sweep compares the reports of the test split"),
+    (["--analyze=--split easy"], "a sweep compares the reports of the default split"),
     (["--jobs", "0"], "must be 1 or more"),
 ])
 def test_what_makes_no_sense_is_refused(words, says, capsys):
