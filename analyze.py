@@ -23,7 +23,7 @@ ecr                K; encoder, latent: {own, chance, maximum}: see measure_ecr
 parallelism        problems, paths (mean number); encoder, latent: {covered, covered_most,
                    covered_random, above_1.7 (share of the problems), n_eff, n_eff_random,
                    histogram (shares of 0 … 0.5, 0.5 … 1, … covered), by_latent, most_by_latent}:
-                   see covered_spans, effective_paths; random: with another problem's paths
+                   see covered_chunks, effective_paths; random: with another problem's paths
 collapse           accuracy, interval of {own, top 1, top c, first path, last path}: the latent
                    model thinks in its own z, or in z of q's largest entries or of one path's
                    tokens alone; null for hidden latents, which have no such entries

@@ -150,16 +150,16 @@ def steps(figures):
 
 # -------------------------------------------------------------------------------------------- bars
 
-# parts.svg is of the recipe before today's, where these settings had three seeds
 BARS = {  # file: what it says, and its groups: title, the longest bar, {head: figure}, the bars
     "parts.svg": ("What is lost without one of the method’s parts.", [
         ("Can the LLM finish in text, after any number of latents?", 1,
          {"right": "lowest continuation"},
-         [("all parts", "blue", "recipe before"), ("without LTSuM", "warm", "no-LTSuM"),
-          ("without bag loss", "warm", "no-bag"),
+         [("all parts", "blue", "default"), ("without LTSuM", "warm", "no-LTSuM"),
           ("without continuations", "warm", "no-continuation")]),
-        ("Can it answer after latents alone?", 1, {"right": "accuracy"},
-         [("superpositions", "blue", "recipe before"), ("one token each", "warm", "top-1")])]),
+        ("How many of its chunk’s two tokens does a latent hold?", 2, {"tokens": "held"},
+         [("all parts", "blue", "default"), ("without bag loss", "warm", "no-bag")]),
+        ("Can the model answer after latents alone?", 1, {"right": "accuracy"},
+         [("superpositions", "blue", "default"), ("one token each", "warm", "top-1")])]),
     "paths.svg": ("Parallel steps make the chain shorter, and need their superposition.", [
         ("Steps between question and answer", LONGEST, {"steps": "steps", "right": "accuracy"},
          [("text", "soft", "explicit"),

@@ -1,12 +1,12 @@
 """What is measured: pure functions of α, of chains and of paths. No model runs here.
 
     measure_ecr          how much of its chunk a summary holds
-    measure_parallelism  how many reasoning paths one chain of latents follows: covered_spans, and
+    measure_parallelism  how many reasoning paths one chain of latents follows: covered_chunks, and
                          effective_paths
     count_errors         why answers written after a chain of text are wrong
 
 Shapes here, beside those of model.py:
-    R  problems             M  paths of a problem            W  tokens of a span
+    R  problems             M  paths of a problem            W  tokens of a chunk
     N  latents at most      K  entries of α that are kept    c  tokens of a chunk
 
 Arrays of tokens are padded with -1.
@@ -21,9 +21,9 @@ from encoder import chunk_tokens
 from lab.numbers import to_number
 from lab.renumber import ALWAYS, NUMBER, PERCENT, STEP, constants_of, is_arithmetic, value_of
 
-FLOOR = 1e-6      # the mass of a span at least, since its logarithm is taken
-HALVES = 8        # bins of the histogram of covered spans: 0 … 0.5, 0.5 … 1, … 4
-COVER = 0.03      # a span is covered where each of its tokens has as much of α
+FLOOR = 1e-6      # the mass of a chunk at least, since its logarithm is taken
+HALVES = 8        # bins of the histogram of covered chunks: 0 … 0.5, 0.5 … 1, … 4
+COVER = 0.03      # a chunk is covered where each of its tokens has as much of α
 PATH_TOP_K = 100  # entries of α that count for a path
 PATH_BATCH = 8    # problems whose paths are compared at once: α is made dense for it, (B, N, V)
 
@@ -142,8 +142,8 @@ def effective_paths(mass, path, n):
     return torch.special.entr(share).sum(1).exp()
 
 
-def distinct_spans(path):
-    """Whether no earlier path has the same span at t, as a set: bool (R, M, N).
+def distinct_chunks(path):
+    """Whether no earlier path has the same chunk at t, as a set: bool (R, M, N).
 
     False in the rows of a problem that has fewer than M paths. The paths differ at t where more
     than one is True.
@@ -155,13 +155,13 @@ def distinct_spans(path):
     return ~(same & earlier).any(2) & known[:, :, None]                # (R, M, N)
 
 
-def covered_spans(mass, path):
-    """(covered, most), int (R, N): the different spans that are covered at t, and all of them.
+def covered_chunks(mass, path):
+    """(covered, most), int (R, N): the different chunks that are covered at t, and all of them.
 
-    A span is covered if each of its tokens has the mass COVER. One path followed makes 1, none
+    A chunk is covered if each of its tokens has the mass COVER. One path followed makes 1, none
     makes 0. mass, path (R, M, N, W) as in `effective_paths`.
     """
-    distinct = distinct_spans(path)                                    # (R, M, N)
+    distinct = distinct_chunks(path)                                   # (R, M, N)
     covered = mass.where(path >= 0, torch.inf).amin(3) >= COVER        # (R, M, N)
     return (covered & distinct).sum(1), distinct.sum(1)
 
@@ -202,7 +202,7 @@ def along_paths(latents, rows, token_paths, c):
         path = chunks[index, :, :N]                                    # (B, M, N, c)
         path = path.where((torch.arange(N) < n[:, None])[:, None, :, None], -1)
         mass = token_mass(latents.values[r, :N, :PATH_TOP_K], ids, path)
-        covered, most = covered_spans(mass, path)                      # (B, N)
+        covered, most = covered_chunks(mass, path)                     # (B, N)
         found.append((covered.where(most > 1, torch.nan), most.where(most > 1, torch.nan),
                       effective_paths(mass, path, n)))
     has_latents = latents.n[rows] > 0

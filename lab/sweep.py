@@ -86,14 +86,15 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 BASELINES = {"explicit": "explicit", "no-CoT": "no_cot"}  # the rows of --baselines
 HEADS = ("seeds", "accuracy", "range", "steps", "explicit", "gold", "lowest continuation",
-         "from none", "controls", "covered", "cut to c", "seconds", "flags")
+         "from none", "controls", "held", "covered", "cut to c", "seconds", "flags")
 NOTES = (
     "A figure is the mean over seeds, the range from the lowest to the highest. Explicit: the "
     "warm-up, thinking in text. Gold: given the encoder’s latents. Continuation: right answers "
     "when the LLM of phase 1 writes on as text after some of these. Controls: the best of three "
-    "false chains. Covered: how many of the paths’ steps a latent holds, of how many. Cut to c: "
-    "right answers when each latent is cut to its c heaviest tokens. Seconds: from the warm-up to "
-    "phase 3, shared stages included. * One seed: the range is the 95 % interval (Wilson).")
+    "false chains. Held: how many tokens of its chunk are among a latent’s c heaviest (ECR@c). "
+    "Covered: how many of the paths’ steps a latent holds, of how many. Cut to c: right answers "
+    "when each latent is cut to its c heaviest tokens. Seconds: from the warm-up to phase 3, "
+    "shared stages included. * One seed: the range is the 95 % interval (Wilson).")
 
 
 # ----------------------------------------------------------------------------------------- the plan
@@ -244,12 +245,14 @@ def figures(report, way, seconds):
     if way != "latent":
         return found
     controls, continued = report["controls"]["accuracy"], report["continuation"]["accuracy"]
-    paths, collapse = report["parallelism"], report["collapse"]
+    paths, collapse, ecr = report["parallelism"], report["collapse"], report["ecr"]
+    c = report["config"]["sup"]["settings"]["chunk_size"]
     return found | {
         "explicit": report["accuracy"]["warm_up"], "explicit steps": report["steps"]["warm_up"],
         "gold": report["accuracy"]["gold"],
         "lowest continuation": min(continued), "from none": continued[0],
         "controls": max(controls[name] for name in ("zeroed", "shuffled", "random")),
+        "held": ecr["latent"]["own"][ecr["K"].index(c)],
         "covered": paths and paths["latent"]["covered"],
         "most": paths and paths["latent"]["covered_most"],
         "cut to c": collapse and collapse["accuracy"]["top c"],

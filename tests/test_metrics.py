@@ -8,7 +8,7 @@ import torch
 
 import toy
 from encoder import pad
-from lab.metrics import (Latents, calculate, count_errors, covered_spans,
+from lab.metrics import (Latents, calculate, count_errors, covered_chunks,
                          effective_paths, error_type, mean, measure_ecr, measure_parallelism,
                          chunked_paths, paths_of_next_problems, token_mass, wilson)
 
@@ -29,9 +29,9 @@ def even(*tokens):
 
 
 def path(*paths):
-    """A problem's paths, one list of spans each: int64 (1, M, N, W)."""
-    W = max(len(span) for spans in paths for span in spans)
-    return torch.stack([pad(spans, W, value=-1) for spans in paths])[None]
+    """A problem's paths, one list of chunks each: int64 (1, M, N, W)."""
+    W = max(len(chunk) for chunks in paths for chunk in chunks)
+    return torch.stack([pad(chunks, W, value=-1) for chunks in paths])[None]
 
 
 A, B = [[1, 2], [3, 4], [9, 8]], [[5, 6], [7, 8], [9, 8]]  # two paths that end alike
@@ -41,7 +41,7 @@ def follow(*latents, paths=path(A, B), n=3):
     """(N_eff, covered) of one chain."""
     mass = token_mass(*top(*latents), paths)
     n_eff = effective_paths(mass, paths, torch.tensor([n]))
-    covered, most = covered_spans(mass, paths)
+    covered, most = covered_chunks(mass, paths)
     return n_eff.item(), covered[most > 1].float().mean().item()  # where the paths differ
 
 
@@ -84,7 +84,7 @@ def test_ecr_beside_a_plain_loop():
     ([even(1, 2, 5, 6), even(3, 4, 7, 8), even(9, 8)], 2, 2),  # both alike
     ([even(30), even(31), even(32)], 2, 0),  # none: high in N_eff, nothing in covered
     ([even(*range(V))] * 3, 2, 0),           # all tokens alike: 1/40 is less than COVER
-    ([even(1), even(3, 4), even(9, 8)], 1, 0.5),  # a span half there
+    ([even(1), even(3, 4), even(9, 8)], 1, 0.5),  # a chunk half there
 ])
 def test_paths_followed(latents, n_eff, covered):
     found = follow(*latents)

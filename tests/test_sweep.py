@@ -54,7 +54,9 @@ report = {"accuracy": ways, "interval": {way: [a - 0.1, a + 0.1] for way, a in w
           "controls": {"accuracy": dict(own=1, zeroed=0.0, shuffled=0.5, random=0.25)},
           "collapse": None if seed else {"accuracy": {"top c": 0.75}},
           "parallelism": {"latent": {"covered": 1.5 + seed, "covered_most": 2.75}},
-          "config": {"analyze": {"made_by": {"commit": f"abc{seed}"}}}}
+          "ecr": {"K": [1, 2], "latent": {"own": [1.0, 1.5 + seed]}},
+          "config": {"analyze": {"made_by": {"commit": f"abc{seed}"}},
+                     "sup": {"settings": {"chunk_size": 2}}}}
 (out / makes[kind]).parent.mkdir(exist_ok=True)
 (out / makes[kind]).write_text(json.dumps(report))
 (out / "ended").write_text(str(time.time()))
@@ -146,8 +148,8 @@ def test_means_and_ranges_over_seeds(swept):
     assert rows["noise-0"] | {"seconds": ""} == {
         "setting": "noise-0", "seeds": "2", "accuracy": "0.625", "range": "0.500 – 0.750",
         "steps": "21.5", "explicit": "0.100", "gold": "0.900", "lowest continuation": "0.125",
-        "from none": "0.250", "controls": "0.500", "covered": "2.00 of 2.75", "cut to c": "0.750",
-        "seconds": "", "flags": "phase-3 --noise 0"}
+        "from none": "0.250", "controls": "0.500", "held": "2.000", "covered": "2.00 of 2.75",
+        "cut to c": "0.750", "seconds": "", "flags": "phase-3 --noise 0"}
 
 
 def test_the_figures_of_each_seed(swept):
@@ -158,8 +160,8 @@ def test_the_figures_of_each_seed(swept):
     assert found["noise-0"]["seeds"]["1"].pop("seconds") > 0
     assert found["noise-0"]["seeds"]["1"] == {
         "accuracy": 0.75, "steps": 23.0, "explicit": 0.1, "explicit steps": 23.0, "gold": 0.9,
-        "lowest continuation": 0.125, "from none": 0.25, "controls": 0.5, "covered": 2.5,
-        "most": 2.75, "cut to c": None, "interval": [0.65, 0.85]}
+        "lowest continuation": 0.125, "from none": 0.25, "controls": 0.5, "held": 2.5,
+        "covered": 2.5, "most": 2.75, "cut to c": None, "interval": [0.65, 0.85]}
     assert found["no-CoT-c=4"]["seeds"]["0"] == {
         "accuracy": 0.3, "interval": [0.3 - 0.1, 0.4], "steps": 20.0}
 
