@@ -155,6 +155,7 @@ BARS = {  # file: what it says, and its groups: title, the longest bar, {head: f
         ("Can the LLM finish in text, after any number of latents?", 1,
          {"right": "lowest continuation"},
          [("all parts", "blue", "default"), ("without LTSuM", "warm", "no-LTSuM"),
+          ("without bag loss", "warm", "no-bag"),
           ("without continuations", "warm", "no-continuation")]),
         ("How many of its chunk’s two tokens does a latent hold?", 2, {"tokens": "held"},
          [("all parts", "blue", "default"), ("without bag loss", "warm", "no-bag")]),
