@@ -58,8 +58,8 @@ def keep_freed_memory():
     """Let Linux's malloc reuse the memory of large tensors, as it does for those below 32 MB.
 
     It would give each of them back to the system when it is freed, and have new pages filled with
-    zeros when the next one is made. With the attention scores of phase 1, (32, 8, 200, 200), an
-    update took 1.2 to 1.4 times as long (docs/lab.md). Other systems' malloc has no such setting.
+    zeros when the next one is made: 4 % of the time of phase 1 (docs/lab.md). Other systems' malloc
+    has no such setting.
     """
     with contextlib.suppress(OSError, AttributeError, TypeError):
         malloc = ctypes.CDLL(None)
