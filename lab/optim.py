@@ -7,7 +7,7 @@
 The gradient of a matrix often has a few large singular values, so that a step along it changes the
 matrix in few directions. Muon (Jordan et al., 2024) makes the step nearly orthogonal: then all
 directions count alike. Here it is as large as a step of AdamW, so that both take one rate. On the
-built-in task AdamW alone does not reach in 800 updates of the warm-up what this has after 500.
+built-in task the warm-up ends at 1.00 so, and at 0.92 with AdamW alone (docs/lab.md).
 """
 import math
 
