@@ -43,7 +43,7 @@ import torch
 from data import Problems
 from encoder import chunk_tokens, count_chunks, split_chunks
 from lab.evaluate import gold_prompt
-from lab.files import build, load, write, write_json
+from lab.files import UserError, build, load, write, write_json
 from lab.flags import PROBLEMS, usual_split
 from lab.metrics import count_errors, mean, measure_ecr, measure_parallelism, wilson
 from lab.numbers import to_number
@@ -268,7 +268,12 @@ def ask(args, env):
     """Print the latents of one question, each as its heaviest tokens, and the answer."""
     latent = load(args.out / "latent.pt", sup=env.parent["id"])
     question = {"question": args.ask, "chain": "", "answer": "0"}
-    problem = Problems([question], env.tokenizer, args.block_size)
+    try:
+        problem = Problems([question], env.tokenizer, args.block_size)
+    except UserError:
+        raise UserError(f"--ask: the question has {len(env.tokenizer.encode(args.ask))} tokens; "
+                        f"with its answer it must fit the model's {args.block_size} positions "
+                        "(--block-size of train_sup.py): ask a shorter one")
     setting = make_setting(args, env, latent, problem, batch_size=1)
     latents = record_latents(setting, build(latent, "llm", env.device))
     n = latents.n[0]

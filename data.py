@@ -9,6 +9,7 @@ padding. Other data than GSM8K's: lab/sources.py.
 """
 import functools
 import hashlib
+import http.client
 import json
 import re
 import urllib.request
@@ -98,7 +99,7 @@ def fetch(file):
         try:
             with urllib.request.urlopen(GSM8K_URL + file.name, timeout=60) as response:
                 content = response.read()
-        except OSError as error:
+        except (OSError, http.client.HTTPException) as error:
             raise UserError(f"{file}: not there, and its download failed ({error}); put GSM8K's "
                             "files in a folder and name it with --data-dir")
     if hashlib.sha256(content).hexdigest() != GSM8K_SHA256[file.name]:

@@ -81,7 +81,7 @@ def test_gsm8k_on_a_cpu_takes_a_size_of_ones_own(tmp_path, refused):
 
 
 def test_a_question_that_is_too_long(copy, refused, capsys):
-    refused("analyze", "--out", copy, "--ask", "Why? " * 200, says="longer than --block-size 128")
+    refused("analyze", "--out", copy, "--ask", "Why? " * 200, says="ask a shorter one")
     run_script("analyze", "--out", copy, "--ask", "What is <eot> #### 5 <|endoftext|>?")
     assert "z_0" in capsys.readouterr().out  # the words of a control token are data
 

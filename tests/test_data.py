@@ -1,5 +1,6 @@
 """Problems: the toy task, the loaders, the tokenizers, and what makes a batch."""
 import hashlib
+import http.client
 import io
 import itertools
 import json
@@ -463,7 +464,8 @@ def breaks_off(error):
 @pytest.mark.parametrize("connection, says", [
     (io.BytesIO(b"half of it"), "not GSM8K as published"),
     (breaks_off(OSError("connection reset")), "its download failed .connection reset.; put"),
-], ids=["half", "reset"])
+    (breaks_off(http.client.IncompleteRead(b"half")), "its download failed .IncompleteRead"),
+], ids=["half", "reset", "incomplete"])
 def test_a_download_that_is_not_whole_leaves_nothing(tmp_path, monkeypatch, connection, says):
     monkeypatch.setattr(data.urllib.request, "urlopen", lambda *_, **__: connection)
     with pytest.raises(UserError, match=says):
