@@ -82,7 +82,8 @@ def compress(encoder, train, K, args, env):
     is_first = first == np.arange(len(train))                                  # (R,)
     before = (n * is_first).cumsum() - n * is_first  # (R,) rows of the problems before each
     offsets = before[first]                                                    # (R,)
-    store = StoreWriter(args.out / "latents", int(n[is_first].sum()), K)
+    latents = int(n[is_first].sum())
+    store = StoreWriter(args.out / "latents", latents, K)
     rows = train.order[is_first[train.order]]  # the shortest first
     for i in tqdm(range(0, len(rows), args.batch_size), "compress"):
         batch = train.batch(rows[i:i + args.batch_size])
@@ -99,7 +100,7 @@ def compress(encoder, train, K, args, env):
         store.values[index], store.ids[index] = values[real], ids[real]
     made_of = {"data": train.fingerprint, "sup": env.parent["id"]}
     store.finish(n, offsets, env.settings, made_of, env.made_by)
-    return int(n[is_first].sum())
+    return latents
 
 
 def main(argv=None):

@@ -6,7 +6,7 @@
     phase 3   L_auto = L_exp + L_lat
               L_exp  = mean over the tokens of <eot> Ans of −log q               weighted_nll
               L_lat  = mean over i of KL(p̃_i ‖ q_i)                              latent_kl
-              p̃_i    = softmax(log α_i + g), g = scale · Gumbel(0, 1) noise       gumbel_perturb
+              p̃_i    = softmax(log α_i + g), g = scale · Gumbel(0, 1) noise      gumbel_perturb
 
 Phase 1 adds two terms that the paper does not have:
 

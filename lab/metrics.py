@@ -6,8 +6,8 @@
     count_errors         why answers written after a chain of text are wrong
 
 Shapes here, beside those of model.py:
-    R  problems             M  paths of a problem            W  tokens of a chunk
-    N  latents at most      K  entries of α that are kept    c  tokens of a chunk
+    R  problems             M  paths of a problem            c  tokens of a chunk
+    N  latents at most      K  entries of α that are kept
 
 Arrays of tokens are padded with -1.
 """
@@ -118,11 +118,11 @@ def measure_ecr(ids, n, chunks, ks):
 def token_mass(values, ids, path):
     """α of the tokens of `path`, 0 beyond its K entries and where there is none.
 
-    values, ids (R, N, K); path int64 (R, M, N, W) -> float (R, M, N, W).
+    values, ids (R, N, K); path int64 (R, M, N, c) -> float (R, M, N, c).
     """
     V = 1 + int(max(ids.max(), path.max()))
     alpha = values.new_zeros(*ids.shape[:2], V + 1).scatter(2, ids.long(), values)  # (R, N, V + 1)
-    index = path.where(path >= 0, V)                                   # (R, M, N, W); V: no token
+    index = path.where(path >= 0, V)                                   # (R, M, N, c); V: no token
     return alpha[:, None].expand(-1, path.size(1), -1, -1).gather(3, index)
 
 
@@ -131,7 +131,7 @@ def effective_paths(mass, path, n):
 
     One path followed makes 1. M paths followed alike make M, and so do M paths none of which is
     followed: beside it belongs N_eff with random paths.
-    mass float (R, M, N, W): α of path's tokens, from `token_mass`; path int64 (R, M, N, W); n int64
+    mass float (R, M, N, c): α of path's tokens, from `token_mass`; path int64 (R, M, N, c); n int64
     (R,). NaN where n is 0.
     """
     known = (path >= 0).flatten(2).any(2)                              # (R, M)
@@ -159,7 +159,7 @@ def covered_chunks(mass, path):
     """(covered, most), int (R, N): the different chunks that are covered at t, and all of them.
 
     A chunk is covered if each of its tokens has the mass COVER. One path followed makes 1, none
-    makes 0. mass, path (R, M, N, W) as in `effective_paths`.
+    makes 0. mass, path (R, M, N, c) as in `effective_paths`.
     """
     distinct = distinct_chunks(path)                                   # (R, M, N)
     covered = mass.where(path >= 0, torch.inf).amin(3) >= COVER        # (R, M, N)

@@ -29,9 +29,9 @@ def even(*tokens):
 
 
 def path(*paths):
-    """A problem's paths, one list of chunks each: int64 (1, M, N, W)."""
-    W = max(len(chunk) for chunks in paths for chunk in chunks)
-    return torch.stack([pad(chunks, W, value=-1) for chunks in paths])[None]
+    """A problem's paths, one list of chunks each: int64 (1, M, N, c)."""
+    c = max(len(chunk) for chunks in paths for chunk in chunks)
+    return torch.stack([pad(chunks, c, value=-1) for chunks in paths])[None]
 
 
 A, B = [[1, 2], [3, 4], [9, 8]], [[5, 6], [7, 8], [9, 8]]  # two paths that end alike
@@ -116,12 +116,12 @@ def test_paths_that_share_a_span_are_one_there():
 def test_the_mass_of_tokens_is_that_of_a_plain_search():
     """With ids that no path has, tokens that are not among the entries, and padding."""
     g = torch.Generator().manual_seed(0)
-    R, M, N, W, K, V = 3, 2, 4, 3, 5, 9
+    R, M, N, c, K, V = 3, 2, 4, 3, 5, 9
     ids = torch.rand(R, N, V, generator=g).topk(K).indices.int()
     values = torch.rand(R, N, K, generator=g)
-    tokens = torch.randint(-1, V + 3, (R, M, N, W), generator=g)
+    tokens = torch.randint(-1, V + 3, (R, M, N, c), generator=g)
     mass = token_mass(values, ids, tokens)
-    for r, m, t, w in itertools.product(range(R), range(M), range(N), range(W)):
+    for r, m, t, w in itertools.product(range(R), range(M), range(N), range(c)):
         alpha = dict(zip(ids[r, t].tolist(), values[r, t].tolist()))
         assert mass[r, m, t, w].item() == alpha.get(tokens[r, m, t, w].item(), 0)
 
