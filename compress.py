@@ -21,8 +21,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from data import Batch
-from encoder import (count_chunks, encoder_batch, ordinary_softmax, pad, summary_states,
+from encoder import (Batch, count_chunks, encoder_batch, ordinary_softmax, pad, summary_states,
                      top_k_renormalized)
 from lab.ablations import hidden_entries
 from lab.files import StoreWriter, UserError, build, load, require
@@ -52,7 +51,7 @@ def choose_chains(train, args, tokenizer):
 def mean_alpha(encoder, batch, chains, c, env):
     """α of each problem, the mean over its chains: float32 (B, N, n_ordinary).
 
-    chains: for each of them lists of ids, as many in each as in its own.
+    chains: for each problem lists of ids, each as long as its own chain.
     """
     for m in range(max(map(len, chains))):
         rows = [row for row, known in enumerate(chains) if len(known) > m]

@@ -66,8 +66,9 @@ def parse_gsm8k(line, cot):
 def make_problem(question, text, cot):
     """A problem {question, chain, answer}, all str, from its question and 'solution #### answer'.
 
-    cot  'steps': the chain is the calculator annotations, '<<48/2=24>>\\n<<48+24=72>>'; 'text': it
-         is the whole solution
+    cot  'steps': the chain is the calculator annotations, '<<48/2=24>>\\n<<48+24=72>>', of which
+         each with its line end is eight of GPT-2's tokens: so chunks of 2 or 4 end where steps of
+         two numbers end. 'text': it is the whole solution
     """
     question = question.strip()
     solution, hashes, answer = text.rpartition("####")
@@ -76,17 +77,9 @@ def make_problem(question, text, cot):
     found = numbers(answer)
     if not hashes or len(found) != 1 or found[0] is None:
         raise ValueError(f"expected one number after '####', found {answer.strip()[:40]!r}")
-    return {"question": question, "chain": chain_of(solution, cot),
-            "answer": answer.strip().replace(",", "")}
-
-
-def chain_of(solution, cot):
-    """The chain of thought in a solution: its calculator steps, a line each, or all of its text.
-
-    <<48/2=24>> and the end of its line are eight of GPT-2's tokens, so that chunks of 2 or 4 end
-    where steps of two numbers end.
-    """
-    return "\n".join(re.findall(r"<<[^<>]*>>", solution)) if cot == "steps" else solution.strip()
+    steps = re.findall(r"<<[^<>]*>>", solution)
+    chain = "\n".join(steps) if cot == "steps" else solution.strip()
+    return {"question": question, "chain": chain, "answer": answer.strip().replace(",", "")}
 
 
 def fetch(file):
@@ -242,13 +235,13 @@ class Problems:
         parts = [r.flat.tobytes() + r.length.tobytes() for r in (self.x, self.s, self.a)]
         self.fingerprint = hashlib.sha256(b"".join(parts)).hexdigest()[:16]
         self.order = np.argsort(self.lengths(1), kind="stable")  # rows, the shortest first
-        self.laid_out = None  # the one whose batches are laid out
+        self.laid_out = None  # the (epoch, size, seed, chain_slots) of self.batches
 
     def __len__(self):
         return len(self.problems)
 
     def lengths(self, chain_slots):
-        """How many slots each problem takes, float (R,).
+        """How many slots each problem takes, (R,).
 
         chain_slots: those of a token of its chain in a loop's sequences: 1 in SFT, 1 + 1/c in phase
         1, where a chunk has a <sum> or a latent beside it, and 1/c in phase 3.
@@ -261,7 +254,7 @@ class Problems:
     def train_batch(self, step, size, seed, chain_slots=1.0):
         """Batch number `step`: every problem once an epoch, beside others of like length.
 
-        Some come twice, so that all batches are full. chain_slots: see `lengths`.
+        So that all batches are full, a few chosen at random come twice. chain_slots: see `lengths`.
         """
         epoch, number = divmod(step, -(-len(self) // size))
         if self.laid_out != (epoch, size, seed, chain_slots):
@@ -271,10 +264,7 @@ class Problems:
         return self.batch(self.batches[number])
 
     def shuffle(self, rng, size, length):
-        """An epoch's batches, int64 (batches, size): drawn, then sorted by length in pools.
-
-        Some problems come twice, chosen at random, so that all batches are full.
-        """
+        """An epoch's batches, int64 (batches, size): drawn, then sorted by length in pools."""
         rows = np.resize(rng.permutation(len(self)), -(-len(self) // size) * size)
         for i in range(0, len(rows), POOL * size):
             pool = rows[i:i + POOL * size]

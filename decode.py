@@ -93,15 +93,13 @@ def decode(llm, tokenizer, x, pos, length, c=0, top_k=0, max_latents=0, max_toke
     room = llm.config.block_size - int(length.min())  # slots after the shortest prompt
     max_latents, max_tokens = min(max_latents if c else 0, room), min(max_tokens, room + 1)
     reader = Reader(llm, x, pos, length, max_latents + max_tokens)
-    n = torch.zeros_like(reader.pos)                                       # (B,)
-    if c:
-        n = think(reader, tokenizer, c, max_latents, top_k, latent, on_latent)
+    n = think(reader, tokenizer, c, max_latents, top_k, latent, on_latent)  # (B,)
     token = llm.head(reader.hidden).argmax(1)                              # (B,)
     capped = (token != tokenizer.eot) & (c > 0)  # still thinking: out of steps or positions
     token = token.masked_fill(capped, tokenizer.eot)
     writes, out = torch.ones_like(capped), []
     for step in range(max_tokens):
-        out.append(token.masked_fill(~writes, -1))
+        out.append(token.masked_fill(~writes, tokenizer.eos))
         writes = writes & (token != tokenizer.eos)
         pos = reader.pos + 1
         full = (pos >= reader.block) | (step == max_tokens - 1)
@@ -110,19 +108,18 @@ def decode(llm, tokenizer, x, pos, length, c=0, top_k=0, max_latents=0, max_toke
             break
         reader.feed(llm.wte(token), pos, writes)
         token = llm.head(reader.hidden).argmax(1)
-    rows = torch.stack(out, 1).tolist()
-    tokens = [[i for i in row if i >= 0 and i != tokenizer.eos] for row in rows]
+    tokens = [[i for i in row if i != tokenizer.eos] for row in torch.stack(out, 1).tolist()]
     return Decoded(tokens, n, capped)
 
 
 # ------------------------------------------------------------------------------------------ prompts
 
-def question_prompt(llm, batch, device):
+def question_prompt(llm, batch):
     """X <bot>, for `decode`: (embeddings (B, T, C), positions int64 (B, T), lengths int64 (B,))."""
-    return prompt_of([Sequence(p.question) for p in batch.problems], llm, None, device)
+    return prompt_of([Sequence(p.question) for p in batch.problems], llm)
 
 
-def latents_prompt(llm, batch, z, n, c, end, device):
+def latents_prompt(llm, batch, z, n, c, end):
     """X <bot> z₀ … z_{n-1}, then the tokens `end`: what question_prompt returns.
 
     z float (B, N, C); n int (B,): how many of its z each row gets, fewer where the model has no
@@ -132,11 +129,12 @@ def latents_prompt(llm, batch, z, n, c, end, device):
     for p, k in zip(batch.problems, n):
         k = min(int(k), (llm.config.block_size - 1 - len(p.question)) // c)
         rows.append(chain_layout(p.question, [], end, c, k))
-    return prompt_of(rows, llm, z, device)
+    return prompt_of(rows, llm, z)
 
 
-def prompt_of(rows, llm, z, device):
+def prompt_of(rows, llm, z=None):
     """Sequences as prompts, with z in the slots of their latents."""
+    device = llm.wte.weight.device
     length = torch.tensor([len(row.ids) for row in rows])
     ids, pos, latent = (pad([getattr(row, name) for row in rows], int(length.max())).to(device)
                         for name in ("ids", "pos", "latent"))  # (B, T) each

@@ -42,21 +42,13 @@ class Batch(NamedTuple):
         return Batch(self.rows[index], [self.problems[i] for i in index])
 
 
-DRAWS = {"continuations": 1, "noise": 3, "on-policy": 4}
-
-
-def generator(seed, step, what):
-    """Random numbers for one of DRAWS: a function of (seed, step), so that resuming repeats it."""
-    return np.random.default_rng([seed, step, DRAWS[what]])
-
-
 # --------------------------------------------------------------------- one problem: lists that grow
 
 class Sequence:
     """One problem's sequence while it is laid out.
 
     ids, pos, segment and latent have one entry a slot. predict_index, target and loss_weight have
-    one entry a predicted token, summary_index one a latent token.
+    one entry a predicted token, alpha_index one a latent token.
     """
 
     def __init__(self, question):
@@ -68,7 +60,7 @@ class Sequence:
         self.predict_index = []  # slots whose logits predict a token: the slot before it,
         self.target = []         # that token,
         self.loss_weight = []    # and the weight of its −log p
-        self.summary_index = []  # slots whose logits give α_i: L_i in the encoder's sequence; in
+        self.alpha_index = []    # slots whose logits give α_i: L_i in the encoder's sequence; in
                                  # the LLM's the slot before z_i, which phase 3 alone asks for
         self.add_text(question, pos=0)
 
@@ -89,19 +81,14 @@ class Sequence:
 
     def add_summary(self, sum_id, pos):
         """Append the summary token L_i, at which the encoder predicts α_i."""
-        self.summary_index.append(len(self.ids))
-        self.ids.append(sum_id)
-        self.pos.append(pos)
-        self.segment.append(-1)
-        self.latent.append(0)
+        self.alpha_index.append(len(self.ids))
+        self.add_text([sum_id], pos, segment=-1)
 
     def add_latent(self, i, pos):
         """Append the latent token z_i; phase 3 predicts its α_i from the slot before it."""
-        self.summary_index.append(len(self.ids) - 1)
-        self.ids.append(0)
-        self.pos.append(pos)
-        self.segment.append(0)
-        self.latent.append(i + 1)
+        self.alpha_index.append(len(self.ids) - 1)
+        self.add_text([0], pos)
+        self.latent[-1] = i + 1
 
 
 def split_chunks(tokens, c):
@@ -152,7 +139,7 @@ def sup_layout(question, chunks, answer, c):
     row = Sequence(question)
     nx, n = len(question), len(chunks)
     if n == 0:
-        row.add_text(answer, nx, segment=1, loss_weight=1 / len(answer))
+        row.add_text(answer, nx, loss_weight=1 / len(answer))
     for i, text in enumerate([*chunks, answer][1:]):  # after z_i S_{i+1}, after the last the answer
         pos = latent_pos(nx, i, c)
         row.add_latent(i, pos)
@@ -172,8 +159,7 @@ def chain_layout(question, chain, answer, c, k):
         token     X  X  <bot>  z₀ z₁ z₂ <eot> Ans          k = n, all latents: phase 3
         position  0  1  2      4  6  8  9     10           (the last chunk counts as full)
 
-    The tokens of the text share the weight 1. Each α_i is predicted from the slot before z_i
-    (`summary_index`), which phase 3 alone asks for.
+    The tokens of the text share the weight 1.
     """
     row = Sequence(question)
     nx = len(question)
@@ -196,8 +182,8 @@ class Layout(NamedTuple):
     predict_index: torch.Tensor  # (B, P)
     target: torch.Tensor         # (B, P)
     loss_weight: torch.Tensor    # (B, P), 0 at padding
-    summary_index: torch.Tensor  # (B, N)
-    n: torch.Tensor              # (B,) latent tokens, valid entries of summary_index, in each row
+    alpha_index: torch.Tensor    # (B, N)
+    n: torch.Tensor              # (B,) latent tokens, valid entries of alpha_index, in each row
 
     def to(self, device):
         return Layout(*(tensor.to(device, non_blocking=True) for tensor in self))
@@ -222,7 +208,7 @@ def collate(rows):
     """
     T = -(-max(len(row.ids) for row in rows) // 8) * 8
     P = max(1, *(len(row.target) for row in rows))
-    N = max(1, *(len(row.summary_index) for row in rows))
+    N = max(1, *(len(row.alpha_index) for row in rows))
     return Layout(
         ids=pad([row.ids for row in rows], T),
         pos=pad([row.pos for row in rows], T),
@@ -231,8 +217,8 @@ def collate(rows):
         predict_index=pad([row.predict_index for row in rows], P),
         target=pad([row.target for row in rows], P),
         loss_weight=pad([row.loss_weight for row in rows], P, dtype=np.float32),
-        summary_index=pad([row.summary_index for row in rows], N),
-        n=torch.tensor([len(row.summary_index) for row in rows]))
+        alpha_index=pad([row.alpha_index for row in rows], N),
+        n=torch.tensor([len(row.alpha_index) for row in rows]))
 
 
 # Each of the next functions lays out the problems of a Batch, with c tokens in a chunk: a Layout.
@@ -267,12 +253,15 @@ def latent_batch(batch, c, n):
                     for p, latents in zip(batch.problems, n)])
 
 
-def count_batch_chunks(batch, c):
-    """n of each problem, an int64 array (B,)."""
-    return np.array([count_chunks(len(p.chain), c) for p in batch.problems])
+# ----------------------------------------------------------- what training draws and compares with
+
+DRAWS = {"continuations": 1, "noise": 3, "on-policy": 4}
 
 
-# ------------------------------------------------------------- what phase 1 draws and compares with
+def generator(seed, step, what):
+    """Random numbers for one of DRAWS: a function of (seed, step), so that resuming repeats it."""
+    return np.random.default_rng([seed, step, DRAWS[what]])
+
 
 def draw_rows(rng, B, share):
     """A share of the rows 0 … B − 1 at random, int64 (b,)."""
@@ -284,25 +273,25 @@ def draw_continuations(batch, c, share, seed, step):
 
     rows   `share` of the batch's, at random
     k      0 … n for each of them, few more often than many: a share sqrt(x) has at most x·(n + 1)
-    It is a function of (seed, step), so that a resumed run draws the same.
     """
     rng = generator(seed, step, "continuations")
     rows = draw_rows(rng, len(batch.problems), share)
-    n = count_batch_chunks(batch, c)[rows]
+    n = np.array([count_chunks(len(p.chain), c) for p in batch.problems])[rows]
     k = ((n + 1) * rng.random(len(rows)) ** 2).astype(np.int64)
     return rows, k
 
 
 def chunk_tokens(chains, c):
-    """Each chunk's tokens, int64 (B, N, c), -1 past its end, for losses.bag_kl. chains: B lists."""
+    """Each chunk's tokens, int64 (B, N, c), -1 past its end. chains: B lists."""
     N = max(1, count_chunks(max(map(len, chains)), c))
     return pad(chains, N * c, value=-1).view(-1, N, c)
 
 
 # -------------------------------------------------------------------------------------------- masks
 
-def causal_mask(T, device):
+def causal_mask(layout):
     """bool (T, T): True where the row's slot may see the column's, here itself and all before."""
+    T, device = layout.segment.size(1), layout.segment.device
     return torch.ones(T, T, dtype=torch.bool, device=device).tril()
 
 
@@ -317,9 +306,9 @@ def induction_mask(layout):
         d     ■  ■  ·  ■  ■
         L₁    ■  ■  ·  ■  ■  ■
     """
-    T, device = layout.segment.size(1), layout.segment.device
-    itself = torch.eye(T, dtype=torch.bool, device=device)
-    return causal_mask(T, device) & ((layout.segment[:, None, :] >= 0) | itself)
+    causal = causal_mask(layout)
+    itself = torch.eye(len(causal), dtype=torch.bool, device=causal.device)
+    return causal & ((layout.segment[:, None, :] >= 0) | itself)
 
 
 def supervision_mask(layout):
@@ -336,7 +325,7 @@ def supervision_mask(layout):
         Ans   ■  ■  ·  ·  ■  ·  ■  ■
     """
     key, query = layout.segment[:, None, :], layout.segment[:, :, None]
-    return causal_mask(key.size(2), key.device) & ((key == 0) | (key == query))
+    return causal_mask(layout) & ((key == 0) | (key == query))
 
 
 # ------------------------------------------------------------------------------------ superposition
@@ -349,7 +338,7 @@ def ordinary_softmax(logits, n_ordinary):
 def top_k_renormalized(alpha, k):
     """(values, ids): α's k largest entries, scaled to sum to 1, and their ids, both (..., K).
 
-    k > V takes all V entries.
+    A larger k takes all entries.
     """
     values, ids = alpha.topk(min(k, alpha.size(-1)), dim=-1)
     return values / values.sum(-1, keepdim=True), ids
@@ -382,12 +371,11 @@ def insert_latents(x, z, latent):
 def summary_states(encoder, layout, mask_of=induction_mask):
     """The hidden states at all L of a batch, in one pass of the encoder: (B, N, C).
 
-    layout is that of encoder_batch, mask_of a function of it, or None: causal. The entries past a
-    row's n have no meaning.
+    layout is that of encoder_batch, mask_of a function of it. The entries past a row's n have no
+    meaning.
     """
     x = encoder.wte(layout.ids)                                                # (B, T, C)
-    mask = mask_of and mask_of(layout)
-    return encoder(x, layout.pos, mask, index=layout.summary_index)
+    return encoder(x, layout.pos, mask_of(layout), index=layout.alpha_index)
 
 
 def alpha_and_latent(model, hidden, E, n_ordinary, top_k=0):
@@ -403,6 +391,6 @@ def alpha_and_latent(model, hidden, E, n_ordinary, top_k=0):
 class Parts(NamedTuple):
     """The parts of the method that an ablation can replace, to see what each is for."""
 
-    encoder_mask: Callable | None = induction_mask  # of a Layout; None: causal
-    llm_mask: Callable | None = supervision_mask    # of a Layout; None: causal
-    latent: Callable = alpha_and_latent             # (α, z) of hidden states
+    encoder_mask: Callable = induction_mask  # of a Layout
+    llm_mask: Callable = supervision_mask    # of a Layout
+    latent: Callable = alpha_and_latent      # (α, z) of hidden states

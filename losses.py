@@ -20,8 +20,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from encoder import (alpha_and_latent, chain_batch, generator, insert_latents, sup_batch,
-                     supervision_mask)
+from encoder import (alpha_and_latent, causal_mask, chain_batch, generator, insert_latents,
+                     sup_batch, supervision_mask)
 
 
 def mean_over_latents(loss, n):
@@ -86,18 +86,17 @@ def latent_kl(p, ids, logits, n):
 
 # ----------------------------------------------------------------- the passes that they are made of
 
-def text_loss(llm, seq, z=None, mask_of=None):
+def text_loss(llm, seq, z=None, mask_of=causal_mask):
     """The mean −log p of the text of a Layout, its latents z (B, N, C) being read where they stand.
 
-    mask_of: a function of the Layout, or None: causal. With the layout of sup_batch and
-    supervision_mask it is ℓ_sup; with that of chain_batch, causal, it is the loss of a
-    continuation, and without latents that of SFT.
+    mask_of: a function of the Layout. With the layout of sup_batch and supervision_mask it is
+    ℓ_sup; with that of chain_batch, causal, it is the loss of a continuation, and without latents
+    that of SFT.
     """
     x = llm.wte(seq.ids)                                                       # (B, T, C)
     if z is not None:
         x = insert_latents(x, z, seq.latent)
-    mask = mask_of and mask_of(seq)                                            # (B, T, T)
-    hidden = llm(x, seq.pos, mask, index=seq.predict_index)                    # (B, P, C)
+    hidden = llm(x, seq.pos, mask_of(seq), index=seq.predict_index)            # (B, P, C)
     return weighted_nll(llm.head(hidden), seq.target, seq.loss_weight)
 
 
@@ -125,7 +124,7 @@ def read_chain(llm, seq, z):
     The first N predict the z (B, N, C), the others <eot> Ans. seq: the Layout of latent_batch.
     """
     x = insert_latents(llm.wte(seq.ids), z, seq.latent)                        # (B, T, C)
-    index = torch.cat([seq.summary_index, seq.predict_index], 1)               # (B, N + P)
+    index = torch.cat([seq.alpha_index, seq.predict_index], 1)                 # (B, N + P)
     return llm(x, seq.pos, index=index)
 
 
@@ -146,7 +145,7 @@ def own_latents(llm, seq, z, n_ordinary, top_k, passes):
 
 def latent_loss(llm, seq, z, p, ids):
     """Phase 3: (L_exp, L_lat). z (B, N, C): the input; p, ids (B, N, K): the target p̃, sparse."""
-    N = seq.summary_index.size(1)
+    N = seq.alpha_index.size(1)
     logits = llm.head(read_chain(llm, seq, z))                                 # (B, N + P, V)
     exp = weighted_nll(logits[:, N:], seq.target, seq.loss_weight)
     return exp, latent_kl(p, ids, logits[:, :N], seq.n)

@@ -58,21 +58,18 @@ def draw_change(rng):
 
 
 def draw_links(rng, total, count):
-    """What they do with the sum, in `count` clauses and a rule: (clauses, rule, steps, result).
-
-    The rule is applied to the sum and after each clause. What it does depends on whether the number
-    is even, so that the answer is not a weighted sum of the numbers in the question.
-    """
+    """What they do with the sum, in `count` clauses and a rule: (clauses, rule, steps, result)."""
     while True:
         clauses = [draw_change(rng) for _ in range(count)]
-        (even, if_even), (odd, if_odd) = rule = draw_change(rng), draw_change(rng)
-        if len({operation for _, operation in clauses}) < count:
+        (even, if_even), (odd, if_odd) = draw_change(rng), draw_change(rng)
+        operations = [operation for _, operation in clauses]
+        if len(set(operations)) < count:
             continue  # it would be open which of the two clauses a step has taken
         if if_odd == "/2" or if_odd[0] == if_even[0]:
             continue  # an odd number has no half, and the two must differ in kind
-        todo = [rule]
-        for clause in clauses:
-            todo += [(clause, clause), rule]
+        todo = [(if_even, if_odd)]
+        for operation in operations:
+            todo += [(operation, operation), (if_even, if_odd)]
         steps, result = take_steps(total, todo)
         if result:
             clauses = "".join(f", {words}" for words, _ in clauses[:-1]) + " and " + clauses[-1][0]
@@ -80,13 +77,13 @@ def draw_links(rng, total, count):
 
 
 def take_steps(value, todo):
-    """([step, …], result) of changes, each a pair: for an even and an odd number of things.
+    """([step, …], result) of pairs of operations: for an even and an odd number of things.
 
     The result is None where some value is not a whole number in 1 … TOP.
     """
     steps = []
     for if_even, if_odd in todo:
-        _, operation = if_odd if value % 2 else if_even
+        operation = if_odd if value % 2 else if_even
         sign, k = operation[0], int(operation[1:])
         result = {"+": value + k, "-": value - k, "*": value * k, "/": value / k}[sign]
         if result not in range(1, TOP + 1):

@@ -35,14 +35,14 @@ def train_latent(llm, store, caps, train, val, args, env, **made_of):
     for step in run:
         batch = train.train_batch(step, args.batch_size, args.seed, chain_slots=1 / c)
         seq = latent_batch(batch, c, store.n[batch.rows]).to(env.device)
-        values, ids = store.read(batch.rows, seq.summary_index.size(1))        # (B, N, K)
-        noise = gumbel_noise(args.seed, step, values.shape, args.noise).to(env.device)
+        values, ids = store.read(batch.rows, seq.alpha_index.size(1))          # (B, N, K)
         values, ids = values.to(env.device), ids.to(env.device)
         with env.autocast():
             if args.latents == "hidden":
                 exp, lat = hidden_loss(llm, seq, values)
             else:
-                p = gumbel_perturb(values, noise)                              # (B, N, K)
+                noise = gumbel_noise(args.seed, step, values.shape, args.noise)
+                p = gumbel_perturb(values, noise.to(env.device))               # (B, N, K)
                 z = superpose_sparse(p, ids, llm.wte.weight)                   # (B, N, C)
                 rows = draw_rows(generator(args.seed, step, "on-policy"), len(z), args.on_policy)
                 if len(rows):

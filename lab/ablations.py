@@ -8,15 +8,16 @@ Hidden states are stored whole, and phase 3 learns them by regression.
 """
 import torch
 
-from encoder import Parts, alpha_and_latent, induction_mask, ordinary_softmax, supervision_mask
+from encoder import (Parts, alpha_and_latent, causal_mask, induction_mask, ordinary_softmax,
+                     supervision_mask)
 from losses import mean_over_latents, read_chain, weighted_nll
 
 
 def parts_of(args):
     """The encoder.Parts of a run. args: its settings, with ltim, ltsum and latents."""
     return Parts(
-        encoder_mask=induction_mask if args.ltim == "on" else None,  # None: causal
-        llm_mask=supervision_mask if args.ltsum == "on" else None,
+        encoder_mask=induction_mask if args.ltim == "on" else causal_mask,
+        llm_mask=supervision_mask if args.ltsum == "on" else causal_mask,
         latent=hidden_latent if args.latents == "hidden" else alpha_and_latent)
 
 
@@ -47,7 +48,7 @@ def hidden_loss(llm, seq, states):
     may have any q, also one whose argmax is <eot>, which would end the chain in decoding. So the
     loss of the latents also keeps q off <eot>.
     """
-    N = seq.summary_index.size(1)
+    N = seq.alpha_index.size(1)
     hidden = read_chain(llm, seq, hidden_as_input(states, llm.wte.weight))     # (B, N + P, C)
     logits = llm.head(hidden)                                                  # (B, N + P, V)
     exp = weighted_nll(logits[:, N:], seq.target, seq.loss_weight)

@@ -164,7 +164,7 @@ class Bench:
         if name == "compress":
             return (encoder_batch(batch, c, tokenizer.sum),)
         seq = latent_batch(batch, c, self.store.n[batch.rows])
-        values, ids = self.store.read(batch.rows, seq.summary_index.size(1))   # (B, N, K)
+        values, ids = self.store.read(batch.rows, seq.alpha_index.size(1))     # (B, N, K)
         return seq, values, ids, gumbel_noise(0, 1, values.shape)
 
     def loss(self, name, batch):
@@ -235,7 +235,7 @@ class Bench:
         for batch in batches:
             max_latents, max_tokens = self.caps(batch, latent)
             with self.eager():
-                prompt = question_prompt(self.llm, batch, self.env.device)
+                prompt = question_prompt(self.llm, batch)
                 written += decode(self.llm, self.env.tokenizer, *prompt, c=c,
                                   max_latents=max_latents, max_tokens=max_tokens,
                                   latent=self.env.parts.latent).tokens

@@ -28,7 +28,7 @@ def evaluate(llm, problems, env, caps, prompt=None, c=0, top_k=0, limit=None, ba
     it is right, its ids)}.
     """
     max_latents, max_tokens = caps
-    prompt = prompt or partial(question_prompt, llm, device=env.device)
+    prompt = prompt or partial(question_prompt, llm)
     eot = env.tokenizer.eot
     start, answers, steps, capped, unparseable = time.time(), {}, 0, 0, 0
     for batch in problems.eval_batches(batch_size, limit):
@@ -69,7 +69,7 @@ def summaries(llm, encoder, batch, env, c):
 def gold_prompt(batch, llm, encoder, env, c):
     """X <bot> z₀ … z_{n-1} <eot>, the summaries of all chunks: only the answer is to write."""
     _, z, n = summaries(llm, encoder, batch, env, c)
-    return latents_prompt(llm, batch, z, n, c, [env.tokenizer.eot], env.device)
+    return latents_prompt(llm, batch, z, n, c, [env.tokenizer.eot])
 
 
 def continuation_prompt(batch, llm, encoder, env, c):
@@ -78,4 +78,4 @@ def continuation_prompt(batch, llm, encoder, env, c):
     k is the problem's number modulo n + 1, so that all of 0 … n occur in a split.
     """
     _, z, n = summaries(llm, encoder, batch, env, c)
-    return latents_prompt(llm, batch, z, batch.rows % (n + 1), c, [], env.device)
+    return latents_prompt(llm, batch, z, batch.rows % (n + 1), c, [])

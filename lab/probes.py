@@ -101,12 +101,11 @@ def decode_after_latents(setting, llm, z, n, end_of_thought=True):
     z float (R, N, C), n int64 (R,): the latents of the first R problems.
     Returns what `evaluate` does.
     """
-    env = setting.env
-    end = [env.tokenizer.eot] if end_of_thought else []
+    end = [setting.env.tokenizer.eot] if end_of_thought else []
 
     def prompt(batch):
         rows = torch.from_numpy(batch.rows)
-        return latents_prompt(llm, batch, z[rows], n[rows], setting.c, end, env.device)
+        return latents_prompt(llm, batch, z[rows], n[rows], setting.c, end)
 
     return decode_split(setting, llm, limit=len(n), prompt=prompt)
 

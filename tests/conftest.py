@@ -24,7 +24,8 @@ if (SHARED / "tiktoken").is_dir():
     os.environ.setdefault("TIKTOKEN_CACHE_DIR", str(SHARED / "tiktoken"))
 torch.set_num_threads(1)
 
-from data import Batch, Tokenizer, Tokens  # noqa: E402  (the path is set above)
+from data import Tokenizer  # noqa: E402  (the path is set above)
+from encoder import Batch, Tokens  # noqa: E402
 from lab import sources  # noqa: E402
 from lab.files import UserError  # noqa: E402
 from model import GPT, GPTConfig  # noqa: E402

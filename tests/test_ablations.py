@@ -15,7 +15,7 @@ import train_latent
 import train_sup
 from conftest import VOCAB, close, random_batch, rows, tiny
 from decode import decode
-from encoder import (encoder_batch, induction_mask, latent_batch, ordinary_softmax,
+from encoder import (causal_mask, encoder_batch, induction_mask, latent_batch, ordinary_softmax,
                      summary_states, supervision_mask)
 from lab.ablations import hidden_as_input, hidden_entries, hidden_loss, parts_of
 from lab.files import UserError, build, load, weights_id
@@ -33,7 +33,7 @@ def parts(ltim="on", ltsum="on", latents="superposition"):
 def test_what_is_seen_without_the_masks():
     assert parts().llm_mask == supervision_mask
     assert parts().encoder_mask == induction_mask
-    assert parts(ltsum="off").llm_mask is None and parts(ltim="off").encoder_mask is None
+    assert parts(ltsum="off").llm_mask == causal_mask == parts(ltim="off").encoder_mask
 
 
 def test_a_hidden_latent_is_the_hidden_state():
@@ -63,7 +63,7 @@ def test_phase_3_on_hidden_states():
     """
     llm, batch = tiny(1), random_batch(CHAINS)
     seq = latent_batch(batch, 2, [len(S) for _, S, _ in rows(batch, 2)])
-    target = torch.randn(*seq.summary_index.shape, 16)
+    target = torch.randn(*seq.alpha_index.shape, 16)
     exp = lat = 0
     for b, (X, S, answer) in enumerate(rows(batch, 2)):
         n = len(S)

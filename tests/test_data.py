@@ -15,8 +15,8 @@ import data
 import lab.sources
 import toy
 from conftest import ROOT
-from data import Problems, Tokenizer, chain_of, parse_gsm8k, read, tokens_in_use
-from encoder import count_batch_chunks, encoder_batch, latent_batch, text_batch
+from data import Problems, Tokenizer, make_problem, parse_gsm8k, tokens_in_use
+from encoder import count_chunks, encoder_batch, latent_batch, text_batch
 from lab.files import UserError
 from lab.numbers import to_number
 from lab.sources import is_easy, load_problems, load_split, new_numbers, split_of, splits
@@ -195,8 +195,8 @@ def test_all_of_gsm8k_parses_and_tokenizes(gsm8k, gpt2_tokenizer):
 
 def test_a_step_of_gsm8k_is_eight_tokens(gpt2_tokenizer):
     """So that chunks of two or four end where steps end."""
-    chain = chain_of("It is 48/2=<<48/2=24>>24, and 48+24=<<48+24=72>>72.", "steps")
-    assert len(gpt2_tokenizer.encode(chain)) == 8 + 7
+    text = "It is 48/2=<<48/2=24>>24, and 48+24=<<48+24=72>>72. #### 72"
+    assert len(gpt2_tokenizer.encode(make_problem("Q", text, "steps")["chain"])) == 8 + 7
 
 
 def test_own_jsonl_in_the_form_of_gsm8k():
@@ -411,7 +411,8 @@ def test_a_batch_has_problems_of_like_length_and_little_padding(toy_tokenizer):
     rows = [dict(question="1 " * (i // 2), chain="1 " * (j // 2), answer="1") for i, j in zip(x, s)]
     uneven = Problems(rows, toy_tokenizer, block_size=512)
     loops = {1.0: text_batch, 1.5: lambda batch: encoder_batch(batch, 2, 0),
-             0.5: lambda batch: latent_batch(batch, 2, count_batch_chunks(batch, 2))}
+             0.5: lambda batch: latent_batch(
+                 batch, 2, [count_chunks(len(p.chain), 2) for p in batch.problems])}
     for chain_slots, lay_out in loops.items():
         layouts = [lay_out(uneven.train_batch(step, 16, 0, chain_slots)) for step in range(63)]
         slots = sum(layout.pos.numel() for layout in layouts)

@@ -169,7 +169,7 @@ def test_prompts_and_what_is_written_after_them(kind, c, block_size):
     batch = random_batch([5, 0, 8, 1, 8, 3], question_lengths=[3, 5, 7, 2, 4, 3])
     env = SimpleNamespace(tokenizer=VOCAB, device="cpu", parts=Parts())
     if kind == "question":
-        x, pos, length = question_prompt(llm, batch, "cpu")
+        x, pos, length = question_prompt(llm, batch)
     else:
         prompt_of = {"gold": gold_prompt, "continuation": continuation_prompt}[kind]
         x, pos, length = prompt_of(batch, llm, encoder, env, c)
@@ -192,7 +192,7 @@ def test_a_chain_is_cut_where_the_model_ends(c):
     llm = tiny(1, block_size=10)
     batch = random_batch([0, 0], question_lengths=[3, 7])
     z = torch.randn(2, 9, 16, dtype=torch.float64)
-    x, pos, length = latents_prompt(llm, batch, z, [9, 9], c, [VOCAB.eot], "cpu")
+    x, pos, length = latents_prompt(llm, batch, z, [9, 9], c, [VOCAB.eot])
     for b, (X, _, _) in enumerate(rows(batch, 1)):
         k = (9 - len(X)) // c
         expected = [embed(llm, X), z[b, :k], embed(llm, [VOCAB.eot])]

@@ -51,7 +51,7 @@ def continuation(llm, X, z, text, c):
 
 def random_latents(seq):
     """z float64 (B, N, C) for a layout of models made by `tiny`."""
-    return torch.randn(*seq.summary_index.shape, 16, dtype=torch.float64)
+    return torch.randn(*seq.alpha_index.shape, 16, dtype=torch.float64)
 
 
 # --------------------------------------------------------------------------- one pass = many passes
@@ -81,7 +81,7 @@ def assert_read(seq, mask, batch, c, texts):
     """
     llm, z = tiny(1), random_latents(seq)
     x = insert_latents(llm.wte(seq.ids), z, seq.latent)
-    hidden = llm(x, seq.pos, mask, index=torch.cat([seq.predict_index, seq.summary_index], 1))
+    hidden = llm(x, seq.pos, mask, index=torch.cat([seq.predict_index, seq.alpha_index], 1))
     before_text, before_z = hidden.split([seq.target.size(1), z.size(1)], 1)
     for b, (X, _, _) in enumerate(rows(batch, c)):
         real = seq.loss_weight[b] > 0
@@ -202,7 +202,7 @@ def test_bags_hold_the_chunks(c):
     """And there are as many of them as the encoder has summaries."""
     for batch in (random_batch(CHAINS), random_batch([0, 0])):
         bags = chunk_tokens([p.chain for p in batch.problems], c)
-        assert bags.shape == (*encoder_batch(batch, c, VOCAB.sum).summary_index.shape, c)
+        assert bags.shape == (*encoder_batch(batch, c, VOCAB.sum).alpha_index.shape, c)
         for bag, (_, S, _) in zip(bags.tolist(), rows(batch, c)):
             assert [[token for token in chunk if token >= 0] for chunk in bag[:len(S)]] == S
             assert all(token == -1 for chunk in bag[len(S):] for token in chunk)

@@ -103,7 +103,7 @@ def test_latent_loss(c, chains):
     llm, batch = tiny(1), random_batch(chains)
     seq = latent_batch(batch, c, [len(S) for _, S, _ in rows(batch, c)])
     g = torch.Generator().manual_seed(0)
-    ids = torch.rand(*seq.summary_index.shape, VOCAB.n_ordinary, generator=g).topk(4, 2).indices
+    ids = torch.rand(*seq.alpha_index.shape, VOCAB.n_ordinary, generator=g).topk(4, 2).indices
     p = torch.rand(ids.shape, generator=g)
     p[0, 0] = torch.eye(4)[2]  # a point mass: 0 log 0 = 0
     p = p / p.sum(2, keepdim=True)

@@ -8,9 +8,8 @@ import torch
 
 from compress import mean_alpha
 from conftest import VOCAB, close, random_batch, tiny
-from data import Batch
 from decode import decode, question_prompt
-from encoder import Parts, encoder_batch, latent_batch, ordinary_softmax, summary_states
+from encoder import Batch, Parts, encoder_batch, latent_batch, ordinary_softmax, summary_states
 from lab.paths import left_out, orders, parallel_runs, with_same_places
 from lab.renumber import NUMBER, value_of
 from losses import own_latents
@@ -103,7 +102,7 @@ def test_the_first_latents_are_those_that_decoding_feeds(c, top_k, passes):
 
     with torch.no_grad():
         llm.wte.weight[VOCAB.eot] = 0  # so that no chain ends before the cap
-    decode(llm, VOCAB, *question_prompt(llm, batch, "cpu"), c=c, top_k=top_k, max_latents=N,
+    decode(llm, VOCAB, *question_prompt(llm, batch), c=c, top_k=top_k, max_latents=N,
            max_tokens=3, on_latent=watch)
     seq = latent_batch(batch, c, np.full(4, N))
     z = torch.randn(4, N, 16, dtype=torch.float64, requires_grad=True)
