@@ -5,17 +5,15 @@
     python compress.py --paths parallel   # the same, and parallel steps share their place
 
 The encoder of phase 1 reads the training set. Of each α_i the K largest entries are kept and scaled
-to sum to 1. The folder latents in --out then holds arrays that phase 3 maps into memory:
+to sum to 1. The store, latents.pt in --out, holds these tensors:
 
-    values.npy   float32 (latents, K)   the K largest entries of each α, in falling order
-    ids.npy      int32 (latents, K)     the token id of each entry
-    n.npy        int64 (problems,)      how many latents each problem has
-    offsets.npy  int64 (problems,)      where its rows begin; equal problems, as --renumber makes
-                                        them, share theirs
-    meta.json    what they were made with and made of
+    values   float32 (latents, K)   the K largest entries of each α, in falling order
+    ids      int32 (latents, K)     the token id of each entry
+    n        int64 (problems,)      how many latents each problem has
+    offsets  int64 (problems,)      where its rows begin; equal problems, as --renumber makes them,
+                                    share theirs
 
-They are written in a folder beside it, which is moved there when it is whole. Next:
-train_latent.py
+Next: train_latent.py
 """
 import numpy as np
 import torch
@@ -24,7 +22,7 @@ from tqdm import tqdm
 from encoder import (Batch, count_chunks, encoder_batch, ordinary_softmax, pad, summary_states,
                      top_k_renormalized)
 from lab.ablations import hidden_entries
-from lab.files import StoreWriter, UserError, build, load, require
+from lab.files import UserError, build, load, remove, require, save
 from lab.paths import left_out, orders, with_same_places
 from lab.setup import setup, start
 from lab.sources import known_paths, splits
@@ -68,7 +66,7 @@ def mean_alpha(encoder, batch, chains, c, env):
 
 @torch.no_grad()
 def compress(encoder, train, K, args, env):
-    """Write α of every chunk of `train` to a new store; returns how many latents it has."""
+    """Write α of every chunk of `train` to latents.pt; returns how many latents it has."""
     c = args.chunk_size
     chains = choose_chains(train, args, env.tokenizer)
     n = count_chunks(train.s.length, c)                                        # (R,)
@@ -82,7 +80,8 @@ def compress(encoder, train, K, args, env):
     before = (n * is_first).cumsum() - n * is_first  # (R,) rows of the problems before each
     offsets = before[first]                                                    # (R,)
     latents = int(n[is_first].sum())
-    store = StoreWriter(args.out / "latents", latents, K)
+    values = torch.zeros(max(1, latents), K)  # without any chain: a row for Store.read
+    ids = torch.zeros(values.shape, dtype=torch.int32)
     rows = train.order[is_first[train.order]]  # the shortest first
     for i in tqdm(range(0, len(rows), args.batch_size), "compress"):
         batch = train.batch(rows[i:i + args.batch_size])
@@ -93,12 +92,14 @@ def compress(encoder, train, K, args, env):
             else:
                 alpha = mean_alpha(encoder, batch, [chains[row] for row in batch.rows], c, env)
                 entries = top_k_renormalized(alpha, K)                         # (B, N, K)
-        values, ids = (tensor.cpu().numpy() for tensor in entries)
-        real = pad([kept[row] for row in batch.rows], values.shape[1], dtype=bool).numpy()  # (B, N)
+        entries = [tensor.cpu() for tensor in entries]
+        real = pad([kept[row] for row in batch.rows], entries[0].size(1), dtype=bool)  # (B, N)
         index = np.concatenate([offsets[row] + np.arange(n[row]) for row in batch.rows])
-        store.values[index], store.ids[index] = values[real], ids[real]
+        values[index], ids[index] = entries[0][real], entries[1][real].int()
     made_of = {"data": train.fingerprint, "sup": env.parent["id"]}
-    store.finish(n, offsets, env.settings, made_of, env.made_by)
+    save(args.out / "latents.pt", env.settings, made_of, env.made_by, values=values, ids=ids,
+         n=torch.from_numpy(n), offsets=torch.from_numpy(offsets))
+    remove(args.out, "latent")  # that was made of the store before
     return latents
 
 
@@ -110,16 +111,16 @@ def main(argv=None):
     V = env.tokenizer.n_ordinary
     K = args.n_embd if args.latents == "hidden" else min(args.top_k or V, V)
     env.settings["top_k"] = K
-    folder = args.out / "latents"
-    if folder.exists() and args.resume:
+    path = args.out / "latents.pt"
+    if path.exists() and args.resume:
         settings = {"top_k": K, "dtype": args.dtype, "paths": args.paths}
-        load(folder, settings, sup=env.parent["id"])
-        print(f"{folder} is finished")
+        load(path, settings, sup=env.parent["id"])
+        print(f"{path} is finished")
         return
-    if folder.exists() and not args.overwrite:
-        raise UserError(f"{folder} already holds a store; start over with --overwrite")
+    if path.exists() and not args.overwrite:
+        raise UserError(f"{path} already holds a store; start over with --overwrite")
     latents = compress(encoder, train, K, args, env)
-    print(f"{folder}: {latents} latents of {len(train)} problems")
+    print(f"{path}: {latents} latents of {len(train)} problems")
     print(f"next: python train_latent.py --out {args.out}")
 
 

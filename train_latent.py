@@ -28,13 +28,13 @@ PASSES = 4  # in which an on-policy chain is thought again: so many of its laten
 
 def train_latent(llm, store, caps, train, val, args, env, **made_of):
     """Minimise L_auto = L_exp + L_lat; the score is the accuracy of latent decoding on `val`."""
-    c, K = args.chunk_size, store.values.shape[1]
+    c, K = args.chunk_size, store.values.size(1)
     compile_blocks([llm], args)
     optimizer = Optimizer([llm], args.lr)
     run = Run("latent", args, env, {"llm": llm}, optimizer, args.steps, made_of)
     for step in run:
         batch = train.train_batch(step, args.batch_size, args.seed, chain_slots=1 / c)
-        seq = latent_batch(batch, c, store.n[batch.rows]).to(env.device)
+        seq = latent_batch(batch, c, store.n[batch.rows].tolist()).to(env.device)
         values, ids = store.read(batch.rows, seq.alpha_index.size(1))          # (B, N, K)
         values, ids = values.to(env.device), ids.to(env.device)
         with env.autocast():
@@ -64,9 +64,9 @@ def main(argv=None):
     train, val = splits(args, env)
     made_of = {"data": train.fingerprint, "sup": env.parent["id"]}
     require(env.store, **made_of)
-    store = Store(args.out / "latents")
+    store = Store(*(env.store[name] for name in Store._fields))
     caps = int(store.n.max()), train.caps(args.chunk_size)[1]
-    env.settings.update(store_top_k=store.values.shape[1], caps=list(caps))
+    env.settings.update(store_top_k=store.values.size(1), caps=list(caps))
     llm = build(env.parent, "llm", env.device)
     train_latent(llm, store, caps, train, val, args, env, latents=env.store["id"], **made_of)
     print(f"next: python analyze.py --out {args.out}")

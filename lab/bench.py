@@ -37,7 +37,7 @@ from decode import decode, question_prompt
 from encoder import (chain_batch, chunk_tokens, count_chunks, draw_continuations,
                      encoder_batch, latent_batch, ordinary_softmax, summary_states, sup_batch,
                      superpose_sparse, text_batch, top_k_renormalized)
-from lab.files import Store, StoreWriter
+from lab.files import Store
 from lab.flags import SHAPE, flags_of
 from lab.optim import Optimizer
 from losses import (bag_kl, gumbel_noise, gumbel_perturb, latent_loss, sup_losses, text_loss)
@@ -111,16 +111,14 @@ def some_problems(tokenizer, count, args, x, s):
     return Problems(rows, tokenizer, args.block_size, args.chunk_size)
 
 
-def random_store(folder, problems, c, n_ordinary):
+def random_store(problems, c, n_ordinary):
     """The store that phase 2 would write, with random α."""
-    n = count_chunks(problems.s.length, c)
+    n = torch.from_numpy(count_chunks(problems.s.length, c))
     K, total = min(50, n_ordinary), int(n.sum())
     rng = np.random.default_rng(0)
-    writer = StoreWriter(folder, total, K)
-    writer.values[:] = rng.dirichlet([0.1] * K, total)
-    writer.ids[:] = rng.integers(0, n_ordinary, (total, K))
-    writer.finish(n, n.cumsum() - n, settings={}, made_of={}, made_by={})
-    return Store(folder)
+    values = torch.from_numpy(rng.dirichlet([0.1] * K, total)).float()
+    ids = torch.from_numpy(rng.integers(0, n_ordinary, (total, K)))
+    return Store(values, ids, n, offsets=n.cumsum(0) - n)
 
 
 class Bench:
@@ -143,8 +141,7 @@ class Bench:
         lab.setup.compile_blocks([self.encoder, self.llm], args)
         models = {"sft": [self.llm], "phase 1": [self.encoder, self.llm], "phase 3": [self.llm]}
         self.optimizers = {name: Optimizer(models[name], peak_lr=1e-6) for name in TRAINING}
-        folder = Path(tempfile.mkdtemp(dir=args.out), "latents")
-        self.store = random_store(folder, self.problems, args.chunk_size, tokenizer.n_ordinary)
+        self.store = random_store(self.problems, args.chunk_size, tokenizer.n_ordinary)
 
     def draw_batches(self, name):
         """The batches of a phase's loop."""
@@ -163,7 +160,7 @@ class Bench:
             return encoder_batch(batch, c, tokenizer.sum), chunks
         if name == "compress":
             return (encoder_batch(batch, c, tokenizer.sum),)
-        seq = latent_batch(batch, c, self.store.n[batch.rows])
+        seq = latent_batch(batch, c, self.store.n[batch.rows].tolist())
         values, ids = self.store.read(batch.rows, seq.alpha_index.size(1))     # (B, N, K)
         return seq, values, ids, gumbel_noise(0, 1, values.shape)
 
@@ -212,7 +209,7 @@ class Bench:
 
     @torch.no_grad()
     def compress(self):
-        tokenizer, K = self.env.tokenizer, self.store.values.shape[1]
+        tokenizer, K = self.env.tokenizer, self.store.values.size(1)
         for batch in self.batches["sft"]:
             enc = self.inputs("compress", batch)[0].to(self.env.device)
             with self.eager():

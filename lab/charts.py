@@ -20,8 +20,8 @@ from pathlib import Path
 from string import Template
 from textwrap import shorten
 
-from lab.files import UserError, read_json, write, write_json
-from lab.report import HEAVIEST, scale
+from lab.files import read_json, write, write_json
+from lab.report import scale
 from lab.setup import start
 from lab.sweep import mean
 
@@ -66,9 +66,8 @@ def picture(height, says, body):
 
 
 def taken(settings, figure, *names):
-    """A figure of all seeds of these settings, as far as there are any."""
-    found = [one for name in names for one in settings.get(name, {"seeds": {}})["seeds"].values()]
-    return [one[figure] for one in found if one.get(figure) is not None]
+    """A figure of all seeds of these settings."""
+    return [one[figure] for name in names for one in settings[name]["seeds"].values()]
 
 
 # ------------------------------------------------------------------------- accuracy against steps
@@ -90,10 +89,9 @@ def frame(left, right, title, data):
         svg += text(place(steps, 0, left, right)[0], BOTTOM + 30, f"{steps}", "soft", "middle")
     for words, kind, found in (("no chain of thought", "soft", data["no_cot"]),
                                ("false latents", "warm", data["false"])):
-        if found:
-            low, high = (place(1, a, left, right)[1] for a in (min(found), max(found)))
-            svg += box(left - 14, high, right - left + 28, max(low - high, 2.0), f"band {kind}")
-            svg += text(left - 8, high - 8, words, kind)
+        low, high = (place(1, a, left, right)[1] for a in (min(found), max(found)))
+        svg += box(left - 14, high, right - left + 28, max(low - high, 2.0), f"band {kind}")
+        svg += text(left - 8, high - 8, words, kind)
     return svg
 
 
@@ -101,7 +99,6 @@ def panel(left, right, title, data):
     """Text and latents, a dot a seed and a line through the means. data: a section like `easy`."""
     points = [("text", "ink", data["text"])]
     points += [(f"c = {point['c']}", "blue", point) for point in data["latent"]]
-    points = [point for point in points if point[2]["accuracy"]]
     means = (place(point["steps"], mean(point["accuracy"]), left, right) for *_, point in points)
     svg = frame(left, right, title, data)
     svg += tag("polyline", points=" ".join(f"{x:.1f},{y:.1f}" for x, y in means))
@@ -181,8 +178,6 @@ def bars(settings, says, groups):
         svg += "".join(text(x, y, head, "soft", "end") for x, head in zip(places, columns))
         for name, kind, setting in entries:
             found = [taken(settings, figure, setting) for figure in columns.values()]
-            if not all(found):
-                continue
             y += 38
             at = [scale(value, 0, most, BAR_LEFT, BAR_RIGHT) for value in found[0]]
             svg += text(EDGE, y, name)
@@ -198,17 +193,11 @@ def bars(settings, says, groups):
 
 def read_ask(path):
     """([[(token, weight), …] of each latent], the answer), as analyze.py --ask prints them."""
-    lines = path.read_text("utf-8").splitlines()
-    latents = []
-    for number, line in enumerate(lines[:-1], 1):
-        found = re.findall(r"[ ░▒▓█] (\S+) +(\d\.\d\d)(?:  |$)", line[4:])
-        if line.startswith("z_") and len(found) == HEAVIEST:
-            latents.append([(token, float(weight)) for token, weight in found])
-        elif number > 1 or not line.startswith("analyze "):
-            raise UserError(f"{path}, line {number}: not a latent as analyze.py --ask prints it")
-    if not latents:
-        raise UserError(f"{path}: there is no latent in it")
-    return latents, lines[-1].removeprefix("#### ")
+    *lines, answer = path.read_text("utf-8").splitlines()
+    found = (re.findall(r"[ ░▒▓█] (\S+) +(\d\.\d\d)(?:  |$)", line[4:])
+             for line in lines if line.startswith("z_"))
+    latents = [[(token, float(weight)) for token, weight in pairs] for pairs in found]
+    return latents, answer.removeprefix("#### ")
 
 
 def holders(tokens, people):
@@ -297,17 +286,6 @@ def chain(figures, one_path, in_parallel):
 
 # -------------------------------------------------------------------------------------- the script
 
-def read(path):
-    """A JSON file of a sweep, or of all figures. Raises UserError where it is none."""
-    try:
-        found = read_json(path)
-        for setting in found.get("settings", found).values():
-            setting["seeds"].values()
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise UserError(f"{path}: no figures as lab/sweep.py or lab/charts.py has them")
-    return found
-
-
 def draw(figures, one_path, in_parallel):
     """{file name: SVG}; the last two as `read_ask` returns them."""
     drawn = {name: bars(figures["settings"], *content) for name, content in BARS.items()}
@@ -320,17 +298,11 @@ def main(argv=None):
     p.add_argument("sweeps", nargs="*", type=Path, metavar="SWEEP.json",
                    help="written by lab.sweep; its settings replace those of the same name")
     args = p.parse_args(argv)
-    path = ASSETS / "figures.json"
-    figures = read(path)
+    figures = read_json(ASSETS / "figures.json")
     for sweep in args.sweeps:
-        figures["settings"] |= read(sweep)
-    chains = [read_ask(ASSETS / name) for name in ("chain.txt", "parallel.txt")]
-    try:
-        drawn = draw(figures, *chains)
-    except KeyError as error:
-        raise UserError(f"{path}: there is no {error}")
-    if args.sweeps:
-        write_json(path, figures)
+        figures["settings"] |= read_json(sweep)
+    drawn = draw(figures, *(read_ask(ASSETS / name) for name in ("chain.txt", "parallel.txt")))
+    write_json(ASSETS / "figures.json", figures)
     for name, svg in drawn.items():
         write(ASSETS / name, lambda file: file.write(svg.encode()))
     print(f"wrote {', '.join(drawn)} to {ASSETS}")

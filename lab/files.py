@@ -12,15 +12,15 @@ import contextlib
 import hashlib
 import json
 import os
-import shutil
 from dataclasses import asdict
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from model import GPT, GPTConfig
 
-VERSION = 3
+VERSION = 4
 MAKES = {"sft": "train_sup.py", "sup": "train_sup.py", "explicit": "train_sup.py --baselines",
          "no_cot": "train_sup.py --baselines", "latents": "compress.py",
          "latent": "train_latent.py"}
@@ -77,38 +77,33 @@ def remove(out, *names):
     for name in names:
         for file in (f"{name}.state.pt", f"{name}.pt", f"{name}.jsonl"):
             (out / file).unlink(missing_ok=True)
-        if name == "latents":
-            shutil.rmtree(out / name, ignore_errors=True)
 
 
 # ---------------------------------------------------------------------------------- checkpoints
 
-def identity(arrays):
-    """16 hex digits that name these tensors or arrays, {name: array}."""
+def weights_id(models, **tensors):
+    """16 hex digits that name these weights, {name: GPT}, and tensors."""
+    for name, model in models.items():
+        tensors |= {f"{name}.{key}": tensor for key, tensor in model.state_dict().items()}
     digest = hashlib.sha256()
-    for name, array in sorted(arrays.items()):
-        array = array.cpu() if torch.is_tensor(array) else array
+    for name, tensor in sorted(tensors.items()):
         digest.update(name.encode())
-        digest.update(np.ascontiguousarray(array).data)  # as it is mapped: no copy in memory
+        digest.update(np.ascontiguousarray(tensor.cpu()).data)
     return digest.hexdigest()[:16]
 
 
-def weights_id(models):
-    """The id of {name: GPT}."""
-    return identity({f"{name}.{key}": tensor for name, model in models.items()
-                     for key, tensor in model.state_dict().items()})
-
-
-def save(path, settings, made_of, made_by, models, **content):
+def save(path, settings, made_of, made_by, models={}, **content):
     """Write a checkpoint: {name: GPT} and whatever else is given, as `load` returns it."""
+    tensors = {name: x for name, x in content.items() if torch.is_tensor(x)}
     content |= {"version": VERSION, "settings": settings, "made_of": made_of, "made_by": made_by,
-                "id": weights_id(models), "shape": asdict(next(iter(models.values())).config),
+                "id": weights_id(models, **tensors),
+                "shapes": {name: asdict(model.config) for name, model in models.items()},
                 "models": {name: model.state_dict() for name, model in models.items()}}
     write(path, lambda file: torch.save(content, file))
 
 
 def load(path, settings={}, **made_of):
-    """What was saved at `path`, a .pt file or the folder of a store: a dict, on the CPU.
+    """What was saved at `path`: a dict, on the CPU.
 
     settings, made_of  what it must have been made with, and made of; id: which file it must be
     No code in the file is run. Raises UserError where it is missing, damaged, of another version,
@@ -117,13 +112,11 @@ def load(path, settings={}, **made_of):
     script = MAKES.get(path.name.split(".")[0])
     again = (f"make it again with: python {script} --overwrite --out {path.parent}" if script
              else "choose another file")
-    source = path / "meta.json" if path.is_dir() else path
-    if not source.is_file():
+    if not path.is_file():
         hint = f"; run {script} first, with the same --out" if script else ""
         raise UserError(f"{path}: no such file{hint}")
     try:
-        saved = (read_json(source) if path.is_dir() else
-                 torch.load(path, map_location="cpu", weights_only=True))
+        saved = torch.load(path, map_location="cpu", weights_only=True)
         version = saved["version"]
     except Exception as error:  # a truncated, old or foreign file fails in many ways
         raise UserError(f"{path}: not a file of this project ({type(error).__name__}); {again}")
@@ -149,59 +142,26 @@ def require(saved, settings={}, **made_of):
 
 def build(saved, name, device):
     """The GPT called `name` in a checkpoint."""
-    model = GPT(GPTConfig(**saved["shape"]))
+    model = GPT(GPTConfig(**saved["shapes"][name]))
     model.load_state_dict(saved["models"][name])
     return model.to(device)
 
 
 # --------------------------------------------------------------- the store: phase 2 writes, 3 reads
 
-class StoreWriter:
-    """A new store of so many latents, of K entries each, in a folder beside its place.
+class Store(NamedTuple):
+    """The α of phase 2, as compress.py describes them."""
 
-    values float32, ids int32 (latents, K): arrays on disk, to be filled before `finish`.
-    """
-
-    def __init__(self, folder, latents, K):
-        self.folder, self.part = folder, folder.with_name(folder.name + ".part")
-        shutil.rmtree(self.part, ignore_errors=True)
-        self.part.mkdir(parents=True)
-        shape = max(1, latents), K  # without any chain: a row for Store.read
-        self.values, self.ids = (
-            np.lib.format.open_memmap(self.part / f"{name}.npy", "w+", dtype, shape)
-            for name, dtype in (("values", np.float32), ("ids", np.int32)))
-
-    def finish(self, n, offsets, settings, made_of, made_by):
-        """Move it into its place.
-
-        n, offsets int64 (problems,): each problem's latents, and where its rows begin.
-        """
-        self.values.flush()
-        self.ids.flush()
-        np.save(self.part / "n.npy", n)
-        np.save(self.part / "offsets.npy", offsets)
-        arrays = {"values": self.values, "ids": self.ids, "offsets": offsets, "n": n}
-        write_json(self.part / "meta.json", {
-            "version": VERSION, "settings": settings, "made_of": made_of, "made_by": made_by,
-            "id": identity(arrays)})
-        remove(self.folder.parent, "latents", "latent")
-        os.replace(self.part, self.folder)
-
-
-class Store:
-    """The α of phase 2 (see compress.py for its files), mapped into memory."""
-
-    def __init__(self, folder):
-        self.values, self.ids, self.offsets, self.n = (
-            np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False)
-            for name in ("values", "ids", "offsets", "n"))
+    values: torch.Tensor   # float32 (latents, K)
+    ids: torch.Tensor      # int32 (latents, K)
+    n: torch.Tensor        # int64 (problems,)
+    offsets: torch.Tensor  # int64 (problems,)
 
     def read(self, rows, N):
         """The α of these problems: values float32, ids int64, both (B, N, K).
 
         Past a problem's last latent stands what follows in the file; it has to be masked.
         """
-        index = self.offsets[rows][:, None] + np.arange(N)  # (B, N)
-        index = np.minimum(index, len(self.values) - 1)
-        return (torch.from_numpy(self.values[index]),
-                torch.from_numpy(self.ids[index].astype(np.int64)))
+        index = self.offsets[rows][:, None] + torch.arange(N)  # (B, N)
+        index = index.clamp(max=len(self.values) - 1)
+        return self.values[index], self.ids[index].long()

@@ -22,9 +22,8 @@ def setup(doc, phase, argv=None):
     """Parse the flags of a phase (sup, compress, latent, analyze) and fill them in: (args, env).
 
     env  device, tokenizer, autocast (a context manager for a forward pass), parts (encoder.Parts),
-         parent (phase 1's checkpoint, None in phase 1), store (phase 3: what the store says of
-         itself), init (the checkpoint of --init, or None), lock, and what goes into every file:
-         settings and made_by
+         parent (phase 1's checkpoint, None in phase 1), store (phase 2's, in phase 3), init (the
+         checkpoint of --init, or None), lock, and what goes into every file: settings and made_by
     Raises UserError for a value that makes no sense, or an earlier phase that is missing.
     """
     args = parser(doc, phase).parse_args(argv)
@@ -33,7 +32,7 @@ def setup(doc, phase, argv=None):
     name = getattr(args, "init", None) or "scratch"
     init = None if name in ("scratch", *GPT2) else load(Path(name))
     parent = None if phase == "sup" else load(args.out / "sup.pt")
-    store = load(args.out / "latents", sup=parent["id"]) if phase == "latent" else None
+    store = load(args.out / "latents.pt", sup=parent["id"]) if phase == "latent" else None
     device = choose_device(args)
     if phase == "sup":
         require_gpu(args, device)

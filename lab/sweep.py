@@ -61,7 +61,7 @@ SETTINGS = [
 STAGES = {  # in this order: the script that it runs, and the files that it makes for later ones
     "warm-up": ("train_sup", ["sft.*"]),
     "phase-1": ("train_sup", ["sup.*"]),
-    "store": ("compress", ["latents/*"]),
+    "store": ("compress", ["latents.*"]),
     "phase-3": ("train_latent", ["latent.*"]),
     "baselines": ("train_sup", ["explicit.*", "no_cot.*"]),
     "analysis": ("analyze", []),
@@ -145,8 +145,7 @@ def link_files(stage):
     for need in stage.needs:
         _, patterns = STAGES[need.kind]
         for file in [file for pattern in patterns for file in need.folder.glob(pattern)]:
-            mine = stage.folder / file.relative_to(need.folder)
-            mine.parent.mkdir(exist_ok=True)
+            mine = stage.folder / file.name
             if not mine.exists():
                 try:
                     os.link(file, mine)

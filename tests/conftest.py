@@ -27,13 +27,14 @@ torch.set_num_threads(1)
 from data import Tokenizer  # noqa: E402  (the path is set above)
 from encoder import Batch, Tokens  # noqa: E402
 from lab import sources  # noqa: E402
-from lab.files import UserError  # noqa: E402
+from lab.files import Store, UserError, load  # noqa: E402
 from model import GPT, GPTConfig  # noqa: E402
 
 # ids 16 … 19 are padding
 VOCAB = SimpleNamespace(n_ordinary=12, eos=12, bot=13, eot=14, sum=15, n_vocab=20)
 # the smallest run: two evaluations in each loop; drawing all toy problems would take longer
 FEW = {"train": 64, "val": 8, "test": 8}
+sources.TOY_SIZE.update(FEW)
 TINY = ["--n-layer", "1", "--n-embd", "16", "--n-head", "1", "--batch-size", "8",
         "--sft-steps", "4", "--steps", "4", "--bag-steps", "1", "--eval-every", "2"]
 LATENT = ["--batch-size", "8", "--steps", "4", "--eval-every", "2"]
@@ -114,13 +115,13 @@ def pipeline(out, *flags, sup=(), latent=()):
     run_script("train_latent", *LATENT, "--out", out, *latent, *flags)
 
 
-@pytest.fixture
-def few(monkeypatch):
-    monkeypatch.setattr(sources, "TOY_SIZE", FEW)
+def load_store(out):
+    saved = load(out / "latents.pt")
+    return Store(*(saved[name] for name in Store._fields))
 
 
 @pytest.fixture
-def call(few, monkeypatch, tmp_path):
+def call(monkeypatch, tmp_path):
     """call("train_sup", flag, …): a script's main, in an empty folder."""
     monkeypatch.chdir(tmp_path)
     return run_script
@@ -130,10 +131,8 @@ def call(few, monkeypatch, tmp_path):
 def finished(tmp_path_factory):
     """A folder in which all phases and the baselines are done. Not to be changed."""
     out = tmp_path_factory.mktemp("finished") / "run"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sources, "TOY_SIZE", FEW)
-        pipeline(out)
-        run_script("train_sup", *TINY, "--baselines", "--baseline-steps", 6, "--out", out)
+    pipeline(out)
+    run_script("train_sup", *TINY, "--baselines", "--baseline-steps", 6, "--out", out)
     return out
 
 

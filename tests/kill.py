@@ -108,7 +108,7 @@ def contents(folder):
             content = json.loads(path.read_text("utf-8"))
         elif path.suffix == ".jsonl":
             content = [json.loads(row) for row in path.read_text("utf-8").splitlines()]
-        elif path.is_dir() or path.suffix in (".html", ".part"):
+        elif path.suffix in (".html", ".part"):
             continue
         else:
             content = path.read_bytes()

@@ -8,12 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-import analyze
-import compress
-import lab.sources
-import train_latent
-import train_sup
-from conftest import VOCAB, close, random_batch, rows, tiny
+from conftest import VOCAB, close, pipeline, random_batch, rows, run_script, tiny
 from decode import decode
 from encoder import (causal_mask, encoder_batch, induction_mask, latent_batch, ordinary_softmax,
                      summary_states, supervision_mask)
@@ -84,26 +79,21 @@ def test_phase_3_on_hidden_states():
 ], ids=["no masks", "hidden"])
 def test_the_pipeline_with_ablations(hidden, flags, tmp_path, monkeypatch):
     """Every later script reads what phase 1 said of its latents; a hidden state has no tokens."""
-    monkeypatch.setattr(lab.sources, "TOY_SIZE", {"train": 64, "val": 8, "test": 8})
     for function in summary_states, sup_losses, decode:
         function = unwrap(function)
         # the last default is the method's own part: no script may fall back on it
         defaults = (*function.__defaults__[:-1], pytest.fail)
         monkeypatch.setattr(function, "__defaults__", defaults)
-    out = ["--out", str(tmp_path)]
-    train_sup.main("--n-layer 1 --n-embd 16 --n-head 1 --batch-size 8 --sft-steps 2 --steps 2 "
-                   "--bag-steps 1 --chunk-size 8".split() + flags + out)
-    compress.main(out)
-    train_latent.main(["--steps", "2", *out])
-    analyze.main(["--limit", "4", *out])
+    pipeline(tmp_path, sup=["--chunk-size", 8, *flags])
+    run_script("analyze", "--limit", 4, "--out", tmp_path)
     sup, last = (load(tmp_path / f"{name}.pt") for name in ("sup", "latent"))
     assert last["settings"]["ltim"] == ("on" if hidden else "off")
     assert (last["settings"]["latents"] == "hidden") == hidden
     started = build(sup, "llm", "cpu")
     assert last["made_of"]["start"] == weights_id({"llm": started})
-    assert (np.load(tmp_path / "latents" / "values.npy") < 0).any() == hidden
+    assert (load(tmp_path / "latents.pt")["values"] < 0).any() == hidden
     assert (json.loads(Path(tmp_path, "report.json").read_text())["collapse"] is None) == hidden
     assert ("cannot be cut" in Path(tmp_path, "report.html").read_text("utf-8")) == hidden
     if hidden:
         with pytest.raises(UserError, match="a hidden state has no entries"):
-            compress.main(["--top-k", "5", *out])
+            run_script("compress", "--top-k", 5, "--out", tmp_path)

@@ -162,7 +162,6 @@ def run(finished, tmp_path_factory):
     out = shutil.copytree(finished, tmp_path_factory.mktemp("analyze") / "run")
     (out / "no_cot.pt").unlink()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sources, "TOY_SIZE", FEW)
         patch.setattr(probes, "POINTS", 3)
         yield out
 
@@ -218,7 +217,7 @@ def test_the_page_shows_the_problems_and_how_everything_in_it_was_made(made):
     assert config["analyze"]["made_by"]["commit"] in page.text
 
 
-def test_figures_are_rounded_and_flags_are_not(few, copy):
+def test_figures_are_rounded_and_flags_are_not(copy):
     run_script("train_latent", *LATENT, "--out", copy, "--lr", 2.00001e-5, "--overwrite")
     run_script("analyze", "--out", copy, "--limit", 3, "--split", "held-out")
     report = json.loads((copy / "report-held-out.json").read_text())  # a report of its own

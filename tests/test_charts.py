@@ -1,4 +1,4 @@
-"""The README's charts: where a mark stands, what is left out, and what is refused."""
+"""The README's charts: where a mark stands, and that they show the committed figures."""
 import json
 import shutil
 from xml.etree import ElementTree
@@ -7,7 +7,6 @@ import pytest
 
 from conftest import ROOT
 from lab import charts
-from lab.files import UserError
 
 
 @pytest.fixture
@@ -32,20 +31,18 @@ def test_the_committed_charts_show_the_committed_figures(assets):
         assert path.suffix != ".svg" or ElementTree.parse(path)
 
 
-def test_a_dot_stands_where_the_scale_says_and_what_is_missing_is_left_out():
+def test_a_dot_stands_where_the_scale_says():
     for accuracy, x in ((0.25, "397.5"), (0.5, "495.0")):  # between 300 and 690
         settings = {"top-1": {"seeds": {"0": {"accuracy": accuracy}}}}
-        svg = charts.bars(settings, *charts.BARS["parts.svg"])
-        assert [cx for cx, _ in dots(svg)] == [x]
-        assert "one token each" in svg and "superpositions" not in svg
+        groups = [("Right?", 1, {"right": "accuracy"}, [("one token each", "warm", "top-1")])]
+        assert [cx for cx, _ in dots(charts.bars(settings, "", groups))] == [x]
     at = charts.place
     assert at(60, 1, 0, 100) == (0, charts.TOP) and at(5, 0, 0, 100) == (100, charts.BOTTOM)
     assert at(30, 0, 0, 100)[0] == pytest.approx(100 - at(10, 0, 0, 100)[0])  # half is half
-    settings = {"c=4": {"seeds": {"0": {"accuracy": 0.5, "steps": 30.0}}}}
-    panel = charts.panel(0, 100, "", charts.built_in(settings))
+    data = {"text": {"steps": 60, "accuracy": [1]}, "no_cot": [0.3], "false": [0.1],
+            "latent": [{"c": 4, "steps": 30, "accuracy": [0.5]}]}
     x, y = at(30, 0.5, 0, 100)
-    assert dots(f"<svg>{panel}</svg>") == [(f"{x:.1f}", f"{y:.1f}")]
-    assert "c = 4" in panel and "c = 2" not in panel and "no chain" not in panel
+    assert dots(f"<svg>{charts.panel(0, 100, '', data)}</svg>")[1] == (f"{x:.1f}", f"{y:.1f}")
 
 
 def test_a_sweep_replaces_its_settings_and_no_others(assets):
@@ -65,17 +62,3 @@ def test_whose_tokens_stand_where():
     assert latents[:3] == [{"<<": [0], "5": [0]}, {"-": [0], "2": [0]}, {">>·<<": [1], "9": [1]}]
     assert parallel[:3] == [{"<<": [0, 1], "5": [0], "9": [1]}, {"-": [0], "2": [0, 1], "+": [1]},
                             {}]
-
-
-@pytest.mark.parametrize("name, old, new, says", [
-    ("chain.txt", "0.", "0,", r"chain.txt, line \d: not a latent as analyze.py --ask prints it"),
-    ("parallel.txt", "z_", "z-", "parallel.txt, line .: not a latent"),
-    ("figures.json", "{", "[", "figures.json: no figures as lab/sweep.py or lab/charts.py has"),
-    ("figures.json", '"easy"', '"hard"', "figures.json: there is no 'easy'"),
-])
-def test_what_is_malformed_is_one_sentence(assets, name, old, new, says):
-    path = assets / name
-    path.write_text(path.read_text("utf-8").replace(old, new), "utf-8")
-    with pytest.raises(UserError, match=says):
-        charts.main([])
-    assert not list(assets.glob("*.svg"))

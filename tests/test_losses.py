@@ -6,11 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-import compress
-import lab.sources
-import train_latent
-import train_sup
-from conftest import FEW, VOCAB, close, random_batch, rows, tiny
+from conftest import VOCAB, close, pipeline, random_batch, rows, tiny
 from encoder import (alpha_and_latent, chunk_tokens, encoder_batch, latent_batch, summary_states,
                      superpose, superpose_sparse, text_batch)
 from losses import bag_kl, gumbel_noise, gumbel_perturb, latent_loss, sup_losses, text_loss
@@ -157,13 +153,9 @@ def test_the_loops_minimise_the_sums_that_they_log(share, tmp_path, monkeypatch)
     backward = torch.Tensor.backward
     monkeypatch.setattr(torch.Tensor, "backward",
                         lambda loss: (minimised.append(loss.item()), backward(loss)))
-    monkeypatch.setattr(lab.sources, "TOY_SIZE", FEW)
     steps, bag = 6, 0.7
-    train_sup.main(f"--n-layer 1 --n-head 1 --n-embd 16 --batch-size 8 --sft-steps 1 "
-                   f"--steps {steps} --bag-steps 2 --bag {bag} --continuation {share} "
-                   f"--out {tmp_path}".split())
-    compress.main(["--out", str(tmp_path)])
-    train_latent.main(f"--steps 3 --on-policy {share} --out {tmp_path}".split())
+    pipeline(tmp_path, sup=["--sft-steps", 1, "--steps", steps, "--bag-steps", 2, "--bag", bag,
+                            "--continuation", share], latent=["--steps", 3, "--on-policy", share])
     logged = []
     for loop in "sft", "sup", "latent":
         lines = (tmp_path / f"{loop}.jsonl").read_text("utf-8").splitlines()

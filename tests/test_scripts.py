@@ -7,14 +7,14 @@ import numpy as np
 import pytest
 import torch
 
-from conftest import FEW, LATENT, ROOT, TINY, pipeline
+from conftest import FEW, LATENT, ROOT, TINY, load_store, pipeline
 from data import Problems
 from encoder import encoder_batch, ordinary_softmax, summary_states, top_k_renormalized
-from lab.files import Store, build, load
+from lab.files import build, load
 from lab.sources import load_problems
 
 
-def test_the_scripts_in_a_row(few, monkeypatch, tmp_path):
+def test_the_scripts_in_a_row(monkeypatch, tmp_path):
     """The quick start and the baselines as a user types them, with nothing said about output."""
     monkeypatch.chdir(tmp_path)
     first = "train_sup.py --n-layer 1 --n-embd 16 --n-head 1 --batch-size 8 --sft-steps 3 --steps 8"
@@ -42,27 +42,27 @@ def test_the_scripts_in_a_row(few, monkeypatch, tmp_path):
     (["--sft-steps", 0], []),
     (["--dtype", "bfloat16"], ["--dtype", "bfloat16", "--on-policy", 0.5]),
 ], ids=["c=4", "ablations", "no-sft", "bfloat16"])
-def test_flags_that_change_the_path(few, tmp_path, flags, latent):
+def test_flags_that_change_the_path(tmp_path, flags, latent):
     pipeline(tmp_path, sup=flags, latent=latent)
-    store = Store(tmp_path / "latents")
-    assert len(store.offsets) == FEW["train"] and (np.diff(store.offsets) > 0).all()
+    store = load_store(tmp_path)
+    assert len(store.offsets) == FEW["train"] and (store.offsets.diff() > 0).all()
     assert store.values.shape == store.ids.shape and store.ids.shape[1] == 50
     np.testing.assert_allclose(store.values.sum(1), 1, atol=1e-5)
-    assert (np.diff(store.values, axis=1) <= 0).all()
+    assert (store.values.diff(dim=1) <= 0).all()
 
 
 @pytest.mark.parametrize("top_k", [99999, 0])
 def test_top_k_beyond_the_vocabulary_is_all_of_it(copy, call, toy_tokenizer, top_k):
     call("compress", "--out", copy, "--top-k", top_k, "--overwrite")
-    assert Store(copy / "latents").ids.shape[1] == toy_tokenizer.n_ordinary
+    assert load_store(copy).ids.shape[1] == toy_tokenizer.n_ordinary
     call("train_latent", *LATENT, "--steps", 1, "--out", copy)
 
 
-def test_the_store_holds_the_summaries_of_its_problems(few, tmp_path, toy_tokenizer):
+def test_the_store_holds_the_summaries_of_its_problems(tmp_path, toy_tokenizer):
     """Row by row what the encoder says of each problem alone, whatever the batches of phase 2."""
     c = 3
     pipeline(tmp_path, sup=["--chunk-size", c])
-    store, encoder = Store(tmp_path / "latents"), build(load(tmp_path / "sup.pt"), "encoder", "cpu")
+    store, encoder = load_store(tmp_path), build(load(tmp_path / "sup.pt"), "encoder", "cpu")
     train = Problems(load_problems("toy", "train"), toy_tokenizer, 128)
     for row in range(len(train)):
         alone = np.array([row])
@@ -111,7 +111,7 @@ def test_one_report_of_new_numbers_and_of_new_words(call, gpt2_tokenizer, easy_f
     """Where training had other numbers; the later phases keep to the same problems."""
     out = tmp_path / "run"
     pipeline(out, sup=["--data", "easy", "--data-dir", easy_folder, "--renumber", 2])
-    store = Store(out / "latents")
+    store = load_store(out)
     assert len(store.offsets) == 3 * 12 and store.offsets.max() < len(store.ids)
     call("analyze", "--limit", 3, "--out", out)
     report = json.loads((out / "report.json").read_text("utf-8"))
@@ -127,7 +127,7 @@ def test_one_report_of_new_numbers_and_of_new_words(call, gpt2_tokenizer, easy_f
 
 def test_problems_without_a_chain_of_thought(call, gpt2_tokenizer, tmp_path):
     pipeline("run", sup=["--data", own_data(tmp_path, "")])
-    assert (Store(tmp_path / "run" / "latents").offsets == 0).all()
+    assert (load_store(tmp_path / "run").offsets == 0).all()
     call("analyze", "--limit", 4, "--out", "run")
 
 
@@ -135,8 +135,8 @@ def test_equal_problems_share_their_place_in_the_store(call, gpt2_tokenizer, tmp
     call("train_sup", *TINY, "--data", own_data(tmp_path, "<<{0}+{0}={1}>>", 3), "--out", "run")
     call("compress", "--out", "run")
     questions = [row["question"] for row in load_problems(str(tmp_path), "train")]
-    store = Store(tmp_path / "run" / "latents")
-    places = dict(zip(questions, store.offsets))
+    store = load_store(tmp_path / "run")
+    places = dict(zip(questions, store.offsets.tolist()))
     assert len(store.offsets) == len(questions) == 3 * len(places)
     assert [places[question] for question in questions] == store.offsets.tolist()
     assert len(set(places.values())) == len(places)

@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import pytest
 
 from conftest import ROOT
-from lab import sources, sweep
+from lab import sweep
 from lab.files import UserError
 from lab.flags import parser
 from lab.report import cell
@@ -38,7 +38,7 @@ def until(condition):
 flags, out = sys.argv[1:], Path(sys.argv[sys.argv.index("--out") + 1])
 kind, seed = out.parts[-2], int(out.parts[-3][-1])
 (out / "began").write_text(str(time.time()))
-makes = {"warm-up": "sft.pt", "phase-1": "sup.pt", "store": "latents/ids.npy",
+makes = {"warm-up": "sft.pt", "phase-1": "sup.pt", "store": "latents.pt",
          "phase-3": "latent.pt", "baselines": "no_cot.pt", "analysis": "report.json"}
 until(lambda: not Path("hold-" + kind).exists())
 if kind == "warm-up" and "--both" in flags:
@@ -57,7 +57,6 @@ report = {"accuracy": ways, "interval": {way: [a - 0.1, a + 0.1] for way, a in w
           "ecr": {"K": [1, 2], "latent": {"own": [1.0, 1.5 + seed]}},
           "config": {"analyze": {"made_by": {"commit": f"abc{seed}"}},
                      "sup": {"settings": {"chunk_size": 2}}}}
-(out / makes[kind]).parent.mkdir(exist_ok=True)
 (out / makes[kind]).write_text(json.dumps(report))
 (out / "ended").write_text(str(time.time()))
 """
@@ -212,7 +211,6 @@ def test_with_the_real_scripts(tmp_path, monkeypatch):
 
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(sweep, "subprocess", SimpleNamespace(run=run))
-    monkeypatch.setattr(sources, "TOY_SIZE", {})
     sweep.main(["--smoke", "--only", "default", "baselines", "--seeds", "0", "--jobs", "1",
                 "--out", str(tmp_path)])
     report = json.loads((tmp_path / "seed-0/analysis/default/report.json").read_text())
