@@ -4,7 +4,6 @@
     python -m lab.sweep --list                        # the settings and their flags
     python -m lab.sweep --only default c=4 --seeds 0  # some of them
     python -m lab.sweep --sup="--sft-steps 500 --steps 200" --latent="--steps 400" --out out/short
-    python -m lab.sweep --smoke --seeds 0             # all with tiny budgets, to try it out
 
 A setting is one line of SETTINGS. It takes five stages: warm-up, phase 1, store, phase 3, analysis;
 the baselines are one more before the last. A stage is one run of one script in a folder of its own
@@ -68,22 +67,6 @@ STAGES = {  # in this order: the script that it runs, and the files that it make
 }
 EXTRA = {"--sup": "train_sup", "--compress": "compress", "--latent": "train_latent",
          "--analyze": "analyze"}
-SMOKE = {
-    "train_sup": "--n-layer 1 --n-head 1 --n-embd 16 --batch-size 8 --sft-steps 4 --steps 4 "
-                 "--bag-steps 1",
-    "train_latent": "--steps 4",
-    "analyze": "--limit 4",
-}
-SMOKE_START = """
-import runpy, sys
-from lab import sources
-
-sources.TOY_SIZE.update(train=64, val=8, test=8)
-sys.argv.pop(0)
-runpy.run_path(sys.argv[0], run_name="__main__")
-"""
-
-
 BASELINES = {"explicit": "explicit", "no-CoT": "no_cot"}  # the rows of --baselines
 HEADS = ("seeds", "accuracy", "range", "steps", "explicit", "gold", "lowest continuation",
          "from none", "controls", "held", "covered", "cut to c", "seconds", "flags")
@@ -176,7 +159,7 @@ def run_stage(stage, args):
     script, _ = STAGES[stage.kind]
     again = [] if script == "analyze" else ["--resume"]
     words = [f"{script}.py", *stage.flags, "--out", str(stage.folder), *again]
-    command = [sys.executable, *(["-c", SMOKE_START] if args.smoke else []), *words]
+    command = [sys.executable, *words]
     env = {**os.environ, "OMP_NUM_THREADS": str(max(1, cores() // args.jobs))}
     began = time.time()
     with open(stage.folder / "stage.log", "a", encoding="utf-8") as log:
@@ -305,8 +288,6 @@ def write_results(analyses, args):
     rows = {label: row_of(setting) for label, setting in found.items()}
     done = sum(analysis.done for analysis in analyses.values())
     state = f"{done} of {len(analyses)} runs are done: a run is a setting with a seed."
-    if args.smoke:
-        state += " They had tiny budgets, and the figures mean nothing."
     lines = [["setting", *HEADS], ["---", *["---:"] * len(HEADS)]]
     lines += [[name, *(cell(row.get(head)) for head in HEADS)] for name, row in rows.items()]
     lines = ["| " + " | ".join(line) + " |" for line in lines]
@@ -330,16 +311,14 @@ def parse(argv=None):
     for flag, script in EXTRA.items():
         add(flag, type=shlex.split, default=[], metavar='"FLAGS"',
             help=f'flags for every {script}.py, written {flag}="…"')
-    add("--out", type=Path, help="folder to write to (default: out/sweep)")
+    add("--out", type=Path, default=Path("out/sweep"), help="(default: out/sweep)")
     add("--list", action="store_true", help="print the settings and end")
-    add("--smoke", action="store_true", help="tiny model, few problems and updates")
     args = p.parse_args(argv)
     if args.jobs < 1:
         p.error("--jobs: must be 1 or more")
     if {"--split", "--ask"} & {word.split("=")[0] for word in args.analyze}:
         p.error("--analyze: a sweep compares the reports of the default split; for anything else "
                 "run analyze.py itself in the folder of an analysis")
-    args.out = args.out or Path("out/sweep-smoke" if args.smoke else "out/sweep")
     args.settings = [setting for setting in SETTINGS if setting[0] in args.only]
     return args
 
@@ -351,8 +330,6 @@ def main(argv=None):
             print(f"{name:20} {in_words(flags)}")
         return
     extra = {script: vars(args)[flag.strip("-")] for flag, script in EXTRA.items()}
-    if args.smoke:
-        extra = {script: SMOKE.get(script, "").split() + words for script, words in extra.items()}
     stages, analyses = plan(args.settings, args.seeds, extra, args.out)
     held = lock(args.out)  # noqa: F841
     for stage in stages:

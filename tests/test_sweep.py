@@ -13,7 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from conftest import ROOT
+from conftest import ROOT, TINY, run_script
 from lab import sweep
 from lab.files import UserError
 from lab.flags import parser
@@ -204,15 +204,14 @@ def test_stopped_and_killed(pretend):
 def test_with_the_real_scripts(tmp_path, monkeypatch):
     """Run in this process, which is faster. The table says what the report says."""
     def run(command, **_):
-        python, flag, code, *words = command
-        monkeypatch.setattr(sys, "argv", [flag, *words])
-        exec(code, {})
+        python, script, *words = command
+        run_script(script.removesuffix(".py"), *words)
         return SimpleNamespace(returncode=0)
 
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(sweep, "subprocess", SimpleNamespace(run=run))
-    sweep.main(["--smoke", "--only", "default", "baselines", "--seeds", "0", "--jobs", "1",
-                "--out", str(tmp_path)])
+    sweep.main(["--only", "default", "baselines", "--seeds", "0", "--jobs", "1",
+                "--out", str(tmp_path), "--sup", shlex.join(TINY), "--latent=--steps 4"])
     report = json.loads((tmp_path / "seed-0/analysis/default/report.json").read_text())
     rows = rows_of(tmp_path)
     row = rows["default"]
