@@ -66,9 +66,9 @@ def parse_gsm8k(line, cot):
 def make_problem(question, text, cot):
     """A problem {question, chain, answer}, all str, from its question and 'solution #### answer'.
 
-    cot  'steps': the chain is the calculator annotations, '<<48/2=24>>\\n<<48+24=72>>', of which
-         each with its line end is eight of GPT-2's tokens: so chunks of 2 or 4 end where steps of
-         two numbers end. 'text': it is the whole solution
+    cot  'steps': the chain is the calculator annotations, '<<48/2=24>>\\n<<48+24=72>>'. A step of
+         two numbers is, with its line end, eight of GPT-2's tokens, so that chunks of 2 or 4 end
+         where it ends. 'text': it is the whole solution
     """
     question = question.strip()
     solution, hashes, answer = text.rpartition("####")

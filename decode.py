@@ -133,7 +133,7 @@ def latents_prompt(llm, batch, z, n, c, end):
 
 
 def prompt_of(rows, llm, z=None):
-    """Sequences as prompts, with z in the slots of their latents."""
+    """Sequences as prompts, with z (B, N, C) in their latents' slots: as question_prompt's."""
     device = llm.wte.weight.device
     length = torch.tensor([len(row.ids) for row in rows])
     ids, pos, latent = (pad([getattr(row, name) for row in rows], int(length.max())).to(device)

@@ -253,7 +253,7 @@ def latent_batch(batch, c, n):
                     for p, latents in zip(batch.problems, n)])
 
 
-# ----------------------------------------------------------- what training draws and compares with
+# ------------------------------------------------------------ what training draws and compares with
 
 DRAWS = {"continuations": 1, "noise": 3, "on-policy": 4}
 
@@ -338,7 +338,7 @@ def ordinary_softmax(logits, n_ordinary):
 def top_k_renormalized(alpha, k):
     """(values, ids): α's k largest entries, scaled to sum to 1, and their ids, both (..., K).
 
-    A larger k takes all entries.
+    If k is larger than their number, all are kept.
     """
     values, ids = alpha.topk(min(k, alpha.size(-1)), dim=-1)
     return values / values.sum(-1, keepdim=True), ids

@@ -117,7 +117,7 @@ def random_store(problems, c, n_ordinary):
     K, total = min(50, n_ordinary), int(n.sum())
     rng = np.random.default_rng(0)
     values = torch.from_numpy(rng.dirichlet([0.1] * K, total)).float()
-    ids = torch.from_numpy(rng.integers(0, n_ordinary, (total, K)))
+    ids = torch.from_numpy(rng.integers(0, n_ordinary, (total, K), dtype=np.int32))
     return Store(values, ids, n, offsets=n.cumsum(0) - n)
 
 
@@ -216,7 +216,7 @@ class Bench:
                 hidden = summary_states(self.encoder, enc, self.env.parts.encoder_mask)
                 alpha = ordinary_softmax(self.encoder.head(hidden), tokenizer.n_ordinary)
                 for tensor in top_k_renormalized(alpha, K):
-                    tensor.cpu().numpy()
+                    tensor.cpu()
 
     def caps(self, batch, latent):
         """(latents, tokens): as many as the batch's longest chain and answer need."""
@@ -320,7 +320,7 @@ def print_parts(table):
 # --------------------------------------------------------------------------------------- the script
 
 def setup(out, argv=None):
-    """(args, env), as of the scripts, with the flags of the bench; out: a folder for its files."""
+    """(args, env), as of the scripts, with the flags of the bench; out: a folder to lock."""
     p = argparse.ArgumentParser(add_help=False, allow_abbrev=False, usage=argparse.SUPPRESS)
     p.add_argument("--preset", choices=PRESETS, default="toy",
                    help="sizes of model, batch and data (default: toy)")

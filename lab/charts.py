@@ -302,7 +302,8 @@ def main(argv=None):
     for sweep in args.sweeps:
         figures["settings"] |= read_json(sweep)
     drawn = draw(figures, *(read_ask(ASSETS / name) for name in ("chain.txt", "parallel.txt")))
-    write_json(ASSETS / "figures.json", figures)
+    if args.sweeps:
+        write_json(ASSETS / "figures.json", figures)
     for name, svg in drawn.items():
         write(ASSETS / name, lambda file: file.write(svg.encode()))
     print(f"wrote {', '.join(drawn)} to {ASSETS}")

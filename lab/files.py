@@ -5,8 +5,8 @@
     llm = build(saved, "llm", device)
 
 Every file says its version, the settings that it was made with, and what it was made of: the ids of
-the weights, arrays or problems. So what does not belong together is refused when it is read. A file
-is written beside its place and then moved there: it is the old one or the new one, never half.
+weights, of a store or of problems. So what does not belong together is refused when it is read. A
+file is written beside its place and then moved there: it is the old one or the new one, never half.
 """
 import contextlib
 import hashlib
@@ -160,7 +160,7 @@ class Store(NamedTuple):
     def read(self, rows, N):
         """The α of these problems: values float32, ids int64, both (B, N, K).
 
-        Past a problem's last latent stands what follows in the file; it has to be masked.
+        Past a problem's last latent stands what follows in the store; it has to be masked.
         """
         index = self.offsets[rows][:, None] + torch.arange(N)  # (B, N)
         index = index.clamp(max=len(self.values) - 1)

@@ -61,7 +61,8 @@ FLAGS = {
     "model": [
         Flag("chunk-size", "sup", "sup latent", 1, 2,
              "c, tokens of the chain in one latent token (default: 2)"),
-        Flag("top-k", "compress", "", 0, 50, "entries of α in the store, 0 = all (default: 50)"),
+        Flag("top-k", "compress", "", 0, 50, "entries of α in the store, which is held "
+             "in memory, 0 = all (default: 50)"),
         Flag("top-k", "analyze", "", 0, None,
              "entries of q in z when decoding, 0 = all (default: as in the store)"),
         Flag("init", "sup", TEXT, str, "scratch", "scratch (default), " + ", ".join(GPT2)
@@ -173,8 +174,8 @@ def how_to_read(kind):
 def fill_in(args, phase, parent=None, store=None):
     """Fill in what was not given, in place.
 
-    parent: phase 1's checkpoint, None in phase 1; store: what phase 2's store says of itself, in
-    phase 3. Raises UserError for a value out of range, or flags that make no sense together.
+    parent: phase 1's checkpoint, None in phase 1; store: that of phase 2, in phase 3, as `load`
+    returns it. Raises UserError for a value out of range, or flags that make no sense together.
     """
     flags = flags_of(phase)
     for field, flag in flags.items():

@@ -22,8 +22,9 @@ def setup(doc, phase, argv=None):
     """Parse the flags of a phase (sup, compress, latent, analyze) and fill them in: (args, env).
 
     env  device, tokenizer, autocast (a context manager for a forward pass), parts (encoder.Parts),
-         parent (phase 1's checkpoint, None in phase 1), store (phase 2's, in phase 3), init (the
-         checkpoint of --init, or None), lock, and what goes into every file: settings and made_by
+         parent (phase 1's checkpoint, None in phase 1), store (that of phase 2, in phase 3), init
+         (the checkpoint of --init, or None), lock, and what goes into every file: settings and
+         made_by
     Raises UserError for a value that makes no sense, or an earlier phase that is missing.
     """
     args = parser(doc, phase).parse_args(argv)

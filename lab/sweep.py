@@ -311,7 +311,8 @@ def parse(argv=None):
     for flag, script in EXTRA.items():
         add(flag, type=shlex.split, default=[], metavar='"FLAGS"',
             help=f'flags for every {script}.py, written {flag}="…"')
-    add("--out", type=Path, default=Path("out/sweep"), help="(default: out/sweep)")
+    add("--out", type=Path, default=Path("out/sweep"),
+        help="folder to write to (default: out/sweep)")
     add("--list", action="store_true", help="print the settings and end")
     args = p.parse_args(argv)
     if args.jobs < 1:

@@ -116,6 +116,7 @@ def pipeline(out, *flags, sup=(), latent=()):
 
 
 def load_store(out):
+    """The Store in the folder of a run."""
     saved = load(out / "latents.pt")
     return Store(*(saved[name] for name in Store._fields))
 

@@ -6,7 +6,7 @@
 Tiny models, and a save after every update, so that a third of the time is spent in writing. Each
 script runs once undisturbed; then again with --resume, killed at a random moment and started again
 until it was killed often enough and has come to its end. What the two leave behind must be the
-same: checkpoints and arrays bit for bit, logs and reports but for the seconds in them. Exit status
+same: checkpoints bit for bit, logs and reports but for the seconds in them. Exit status
 0 says so.
 """
 import argparse

@@ -1,4 +1,4 @@
-"""The bench: the attentions that it compares are equal, what it times runs, and its problems fit the model."""
+"""The bench: it compares equal attentions, what it times runs, and its problems fit the model."""
 import json
 
 import pytest

@@ -18,7 +18,7 @@ def field(flag):
 
 
 def filled(phase, *flags, first=(), paths="own"):
-    """The flags of a phase as `setup` fills them in. first, paths: what the phases before it had."""
+    """The flags of a phase as `setup` fills them in. first, paths: what those before it had."""
     args = parser("", phase).parse_args([str(flag) for flag in flags])
     if phase == "sup":
         fill_in(args, phase)

@@ -17,7 +17,7 @@ from losses import own_latents
 ENV = type("Env", (), {"tokenizer": VOCAB, "device": torch.device("cpu"), "parts": Parts()})
 
 
-# ------------------------------------------------------------------------------- the mean over paths
+# ------------------------------------------------------------------------------ the mean over paths
 
 def test_the_mean_over_paths_is_that_of_a_plain_loop():
     batch, encoder = random_batch([5, 7, 4], seed=1), tiny(0)
@@ -42,10 +42,11 @@ def test_paths_are_averaged_where_their_tokens_and_step_ends_lie_alike(toy_token
     assert with_same_places(tokens, toy_tokenizer) == tokens[:2]
 
 
-# ------------------------------------------------------------------------------------ parallel steps
+# ----------------------------------------------------------------------------------- parallel steps
 
-CHAINS = ["<<1+2=3>>\n<<4+5=9>>\n<<3+9=12>>", "<<90-30=60>> <<60*2=120>> <<8/2=4>> <<12/2=6>> <<4+6=10>>",
-          "<<2*3=6>>", "<<1+1=2>> <<3+3=6>> <<4+4=8>> <<6+8=14>> <<2+14=16>>"]
+CHAINS = ["<<1+2=3>>\n<<4+5=9>>\n<<3+9=12>>",
+          "<<90-30=60>> <<60*2=120>> <<8/2=4>> <<12/2=6>> <<4+6=10>>", "<<2*3=6>>",
+          "<<1+1=2>> <<3+3=6>> <<4+4=8>> <<6+8=14>> <<2+14=16>>"]
 
 
 def valid(steps):
@@ -79,7 +80,8 @@ def test_parallel_steps_against_all_orders(chain):
         assert valid(re.findall("<<(.*?)>>", text)) and sorted(text) == sorted(chain)
 
 
-@pytest.mark.parametrize("c, places", [(2, range(3, 9)), (4, range(1, 4)), (8, []), (1, range(6, 18))])
+@pytest.mark.parametrize("c, places", [
+    (2, range(3, 9)), (4, range(1, 4)), (8, []), (1, range(6, 18))])
 def test_the_toy_tasks_free_steps_share_the_place_of_the_first(toy_tokenizer, c, places):
     chain = "<<5-2=3>> <<10+2=12>> <<4-3=1>> <<3+12=15>> <<15+1=16>>"
     tokens = toy_tokenizer.encode(chain)

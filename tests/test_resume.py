@@ -20,11 +20,12 @@ def dies_after(patch, owner, method, when):
     original, died = getattr(owner, method), set()
 
     def dying(self, *args, **kwargs):
-        original(self, *args, **kwargs)
+        result = original(self, *args, **kwargs)
         place = getattr(self, "name", "store"), getattr(self, "step", 0)
         if when(self) and place not in died:
             died.add(place)
             raise Killed
+        return result
 
     patch.setattr(owner, method, dying)
     return died
@@ -62,11 +63,12 @@ def whole(tmp_path_factory):
     return out
 
 
-MOMENTS = {  # where it dies: a class, its method and when; and how often in three loops and a store
+MOMENTS = {  # it dies in what, after which function, and when; how often in three loops and a store
     "before the first save, and between two": (
         [(Run, "log", lambda run: run.step in (1, 3))], 6),
-    "after the model, its state": (
-        [(Run, "save_models", lambda run: True), (Run, "save_state", lambda run: True)], 5 + 9),
+    "after the model, its state, amid phase 2": (
+        [(Run, "save_models", lambda run: True), (Run, "save_state", lambda run: True),
+         (compress, "count_chunks", lambda length: True)], 5 + 9 + 1),
     "after the row of an evaluation, the store": (
         [(Run, "record", lambda run: run.step % 2 == 0), (compress, "save", lambda path: True)],
         6 + 1),
@@ -85,9 +87,10 @@ def test_a_killed_run_ends_as_one_that_never_was(whole, tmp_path, monkeypatch, m
     assert best == [4, 2, 4]  # of equally good ones the last
 
 
-def test_ctrl_c_says_how_to_go_on():
+def test_ctrl_c_says_how_to_go_on(tmp_path, monkeypatch):
+    monkeypatch.setattr(Run, "log", lambda run, **figures: signal.raise_signal(signal.SIGINT))
     with pytest.raises(SystemExit) as stop:
-        start(lambda: signal.raise_signal(signal.SIGINT))
+        start(lambda: run_script("train_sup", *TINY, "--out", tmp_path))
     assert "--resume" in stop.value.code and "\n" not in stop.value.code
 
 
@@ -146,7 +149,7 @@ def test_what_was_made_of_the_old_one_goes_when_a_new_one_is_there(copy, monkeyp
             path.unlink()
 
     def left():
-        return {path.stem.split(".")[0] for path in copy.iterdir() if path.name != "lock"}
+        return {path.name.split(".")[0] for path in copy.iterdir() if path.name != "lock"}
 
     begun = (compress, "choose_chains") if name == "latents" else (Run, "log")
     for moment, expected in (begun, MADE), (moment, stays):

@@ -211,7 +211,7 @@ def test_with_the_real_scripts(tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(sweep, "subprocess", SimpleNamespace(run=run))
     sweep.main(["--only", "default", "baselines", "--seeds", "0", "--jobs", "1",
-                "--out", str(tmp_path), "--sup", shlex.join(TINY), "--latent=--steps 4"])
+                "--out", str(tmp_path), f"--sup={shlex.join(TINY)}", "--latent=--steps 4"])
     report = json.loads((tmp_path / "seed-0/analysis/default/report.json").read_text())
     rows = rows_of(tmp_path)
     row = rows["default"]
