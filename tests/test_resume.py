@@ -1,6 +1,4 @@
 """A run that was killed and goes on ends bit for bit as one that never was."""
-import signal
-
 import pytest
 
 import compress
@@ -88,7 +86,10 @@ def test_a_killed_run_ends_as_one_that_never_was(whole, tmp_path, monkeypatch, m
 
 
 def test_ctrl_c_says_how_to_go_on(tmp_path, monkeypatch):
-    monkeypatch.setattr(Run, "log", lambda run, **figures: signal.raise_signal(signal.SIGINT))
+    def pressed(run, **figures):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Run, "log", pressed)
     with pytest.raises(SystemExit) as stop:
         start(lambda: run_script("train_sup", *TINY, "--out", tmp_path))
     assert "--resume" in stop.value.code and "\n" not in stop.value.code

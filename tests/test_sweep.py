@@ -183,6 +183,7 @@ def test_stopped_and_killed(pretend):
     start = f"from lab import sweep; sweep.SETTINGS = {SETTINGS[:1]}; sweep.main()"
     command = [sys.executable, "-c", start, "--seeds", "0", "--out", "out"]
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
     for kind, number in (("phase-1", signal.SIGINT), ("phase-3", signal.SIGKILL)):
         (pretend / f"hold-{kind}").touch()
         process = subprocess.Popen(command, env=env, stderr=subprocess.PIPE, start_new_session=True)
