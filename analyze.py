@@ -101,14 +101,14 @@ def make_setting(args, env, latent, problems, batch_size):
         batch_size=batch_size, env=env)
 
 
-def stood_for(problems, how, tokenizer, c):
+def stood_for(problems, known, how, tokenizer, c):
     """What the latents of each problem stand for: its chain's chunks, and its known paths' tokens.
 
-    how: --paths of compress.py. Returns (int64 (R, chunks, c), for each problem a list of lists of
-    ids).
+    known: for each problem the texts of its paths; how: --paths of compress.py. Returns
+    (int64 (R, chunks, c), for each problem a list of lists of ids).
     """
     own, paths = [], []
-    for problem, chains in zip(problems, known_paths(problems)):
+    for problem, chains in zip(problems, known):
         own.append(chain_of_latents(problem, problem["chain"], tokenizer, c, how))
         paths.append([chain_of_latents(problem, text, tokenizer, c, how) for text in chains])
     return chunk_tokens(own, c), paths
@@ -301,10 +301,12 @@ def main(argv=None):
     setting, *others = [make_setting(args, env, saved["latent"], split, args.batch_size)
                         for split in (test, *unseen)]
     problems = test.problems[:setting.R]
+    known = known_paths(problems)
     how = {"encoder": "own", "latent": saved["latent"]["settings"]["paths"]}
     chunks, paths = {}, {}
     for whose, kind in how.items():
-        chunks[whose], paths[whose] = stood_for(problems, kind, env.tokenizer, args.chunk_size)
+        chunks[whose], paths[whose] = stood_for(problems, known, kind, env.tokenizer,
+                                                args.chunk_size)
 
     # measure
     report, chains = measure(setting, llms, encoder, paths, chunks, args.seed)

@@ -159,12 +159,11 @@ def run_stage(stage, args):
     script, _ = STAGES[stage.kind]
     again = [] if script == "analyze" else ["--resume"]
     words = [f"{script}.py", *stage.flags, "--out", str(stage.folder), *again]
-    command = [sys.executable, *words]
     env = {**os.environ, "OMP_NUM_THREADS": str(max(1, cores() // args.jobs))}
     began = time.time()
     with open(stage.folder / "stage.log", "a", encoding="utf-8") as log:
         print("python", shlex.join(words), file=log, flush=True)
-        code = subprocess.run(command, env=env, stdout=log, stderr=log).returncode
+        code = subprocess.run([sys.executable, *words], env=env, stdout=log, stderr=log).returncode
     stage.seconds += time.time() - began
     stage.done = code == 0
     write_note(stage)
